@@ -1,0 +1,42 @@
+"""Every cap in edgec, named, with its unit. Untrusted input is checked against these before allocation."""
+
+from __future__ import annotations
+
+MAX_JSON_BYTES = 64 * 1024 * 1024
+"""Largest JSON file of a checkpoint that is parsed [bytes]; real tokenizers reach about 35 MB."""
+
+MAX_JSON_DEPTH = 64
+"""Deepest nesting of a parsed JSON file [levels]."""
+
+MAX_SAFETENSORS_HEADER_BYTES = 100_000_000
+"""Largest safetensors header [bytes]; the format's own limit."""
+
+MAX_TENSORS = 1_000_000
+"""Most tensors in one checkpoint [count]."""
+
+MAX_SHARDS = 10_000
+"""Most weight files in one checkpoint [count]."""
+
+MAX_TENSOR_RANK = 8
+"""Most axes of one tensor [count]."""
+
+MAX_YAML_BYTES = 1_000_000
+"""Largest recipe or hand-edited plan [bytes]."""
+
+MAX_CALIBRATION_BYTES = 256 * 1024 * 1024
+"""Largest calibration file that is read [bytes]."""
+
+MIN_CALIBRATION_TOKENS = 2048
+"""Fewest tokens that statistics are collected from [tokens]; fewer gave perplexities in the thousands elsewhere."""
+
+MAX_LAYERS = 4096
+"""Deepest model [transformer blocks]."""
+
+MAX_DIMENSION = 1 << 24
+"""Largest single dimension of a model config (hidden size, vocabulary) [count]."""
+
+WORKER_TIMEOUT_S = 1800
+"""Longest single measurement before its worker is killed [seconds]."""
+
+MAX_WORKER_OUTPUT_BYTES = 16 * 1024 * 1024
+"""Most output taken from a measurement worker [bytes]."""

@@ -1,0 +1,132 @@
+"""The frozen records that flow from stage to stage: plain data, printable, serialisable.
+
+They live below every room that makes or reads them, so that stages hand data to one another without
+importing one another. Anything that computes belongs in a room, not here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+PLAN_VERSION = 1
+MANIFEST_NAME = "edgec.json"
+MANIFEST_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Spec:
+    """The structure of one decomposition, without its numbers.
+
+    kind: name of a file in `edgec/decompose/` ("dense", "svd", "tensor_train", …).
+    ranks: bond dimensions χ, one per cut, from the output side to the input side; () for dense.
+    modes: for a tensor train, the (out, in) mode sizes of each core from the output side to the input
+        side; their products are the layer's out and in features. *Split* order is ((o1,1),(o2,1),(1,i1),(1,i2)).
+    """
+
+    kind: str
+    ranks: tuple[int, ...] = ()
+    modes: tuple[tuple[int, int], ...] = ()
+
+    def __str__(self) -> str:
+        text = self.kind
+        if self.modes:
+            text += "[" + " ".join(f"{o}x{i}" for o, i in self.modes) + "]"
+        if self.ranks:
+            text += " χ=" + ",".join(map(str, self.ranks))
+        return text
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a plan does with one layer.
+
+    layer: module name in the transformers model, e.g. "encoder.layer.0.attention.self.query".
+    role: "linear" (a transformer block's matrix), "head" or "embedding".
+    shape: (out, in) of the dense weight; (vocabulary, width) for an embedding.
+    format: name of the cores' number format, e.g. "fp32", "int8-b32", "int4-b64" (`edgec/quantize/formats.py`).
+    bytes: stored bytes (codes, scales, zero points, padding). flops: per token or per row of x.
+    error: relative functional error ‖(W − W̃)H^½‖ / ‖W H^½‖, or None where no activations were measured.
+    loss: predicted end-to-end loss that this choice alone adds, or None.
+    """
+
+    layer: str
+    role: str
+    shape: tuple[int, int]
+    spec: Spec
+    format: str
+    bytes: int
+    flops: int
+    error: float | None = None
+    loss: float | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One Choice per replaced layer, and what they add up to.
+
+    fingerprint: of the checkpoint that it was made for. other_bytes: what ships beside the chosen layers
+    (norms, biases, position tables), as the target stores it.
+    """
+
+    fingerprint: str
+    target: str
+    budget: str
+    choices: tuple[Choice, ...]
+    other_bytes: int = 0
+    notes: tuple[str, ...] = ()
+    version: int = PLAN_VERSION
+
+    @property
+    def bytes(self) -> int:
+        """Predicted model bytes: every choice and everything else that ships in the model file."""
+        return sum(c.bytes for c in self.choices) + self.other_bytes
+
+    def linear_bpw(self) -> float:
+        """8 × stored bytes ÷ parameters of the block linears that were replaced [bits per weight]."""
+        linears = [c for c in self.choices if c.role == "linear"]
+        parameters = sum(c.shape[0] * c.shape[1] for c in linears)
+        return 8 * sum(c.bytes for c in linears) / parameters if parameters else 0.0
+
+    def by_layer(self) -> dict[str, Choice]:
+        return {c.layer: c for c in self.choices}
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A median with its spread: `value` the median, `low` and `high` the quartiles, `n` the samples."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One bench row: one contestant on one device. Rates and times are medians over fresh processes.
+
+    load_s: seconds from an empty process with the runtime imported to a usable session.
+    ttft_ms, prefill_tok_s, decode_tok_s: causal LMs, at the stated prompt and generation lengths.
+    items_s: encoders, sentences per second at the stated batch; item_ms the latency of a single sentence.
+    peak_rss_bytes: of the whole process; runtime_rss_bytes: the same process with the runtime imported, nothing loaded.
+    artifact_bytes: model file and external data.
+    """
+
+    contestant: str
+    device: str
+    threads: int
+    task: str
+    settings: Mapping[str, int | float | str] = field(default_factory=dict)
+    metrics: Mapping[str, Spread] = field(default_factory=dict)
+    artifact_bytes: int = 0
+    quality: Mapping[str, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+def as_dict(record: Any) -> dict[str, Any]:
+    """A record as plain dicts, lists and scalars, ready for JSON or YAML."""
+    result: dict[str, Any] = dataclasses.asdict(record)
+    return result
