@@ -1,0 +1,43 @@
+"""Arrays in, cores and a contraction out. One file per decomposition; this room knows arrays, not models.
+
+A file is a plugin when it sets `PLUGIN = True` and defines
+
+    contraction(spec, out, in_) -> Contraction         structure and costs, without any numbers; PlanError when spec does not fit
+    factorize(weight, spec, moment, finish) -> None     weight [out, in] → every core through `finish`
+    suggest(out, in_, ratio, multiple) -> list[Spec]    specs with about ratio × out × in parameters, ranks multiples of `multiple`
+
+`finish(name, core, moment)` stores a core [n, k] (quantised or not) and returns the values that the runtime will see, so that
+the cores still to come are fitted to what the earlier ones became, not to what they were meant to be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, cast
+
+from numpy.typing import NDArray
+
+from edgec import plugins
+from edgec.contraction import Contraction
+from edgec.moments import SecondMoment
+from edgec.records import Spec
+
+Finish = Callable[[str, NDArray[Any], SecondMoment | None], NDArray[Any]]
+
+
+class Decomposition(Protocol):
+    """What a file in this folder defines at module level."""
+
+    def contraction(self, spec: Spec, out: int, in_: int) -> Contraction: ...
+    def factorize(self, weight: NDArray[Any], spec: Spec, moment: SecondMoment | None, finish: Finish) -> None: ...
+    def suggest(self, out: int, in_: int, ratio: float, multiple: int) -> Sequence[Spec]: ...
+
+
+def kinds() -> tuple[str, ...]:
+    """Names of all decompositions."""
+    return plugins.names(__name__)
+
+
+def get(kind: str) -> Decomposition:
+    """The decomposition called `kind`; UsageError lists the known ones."""
+    return cast(Decomposition, plugins.load(__name__, kind))

@@ -1,0 +1,251 @@
+"""Tensor trains in any mode order: W[o₁…o_d, i₁…i_d] ≈ Σ G₁[o₁, i₁, χ₁] G₂[χ₁, o₂, i₂, χ₂] … G_d[χ_{d−1}, o_d, i_d]  (Oseledets 2011).
+
+Mode order is data, not code: *interleaved* order ((o₁,i₁),(o₂,i₂),…) is the TT-matrix or MPO (Novikov et al. 2015); *split* order
+((o₁,1),…,(1,i₁),…) puts all outputs before all inputs, so that its middle bond is the SVD bond. Both, and everything
+between, share the one program and the one algorithm below.
+
+The sweep runs from the input side, in the order in which x meets the cores, and keeps one invariant: after core k the error of the whole is
+
+    const + ‖(M − M̃) S^½‖²        S the second moment of what the cores so far make of x, M the best remaining matrix,
+
+so each step is the same problem with a smaller matrix. Per step: choose the bond's subspace by a truncated SVD of the unfolding
+(TT-SVD, Oseledets 2011, Algorithm 1, in the metric of the moment where the cut lets it factor, of its marginals otherwise), let
+`finish` quantise the core, and re-fit the remainder by least squares to the core as it became.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.linalg import cho_solve, eigh
+
+from edgec.contraction import Contraction, MatMul, Reshape, Step, Transpose
+from edgec.decompose import Finish
+from edgec.errors import NumericsError, PlanError
+from edgec.moments import SecondMoment
+from edgec.records import Spec
+
+PLUGIN = True
+
+Array = NDArray[Any]
+
+MAX_STATE = 4096
+"""Widest intermediate whose full second moment is carried [count]; wider ones go on unweighted."""
+
+_RIDGE = 1e-6
+"""Share of the mean diagonal added to H, pulling the re-fit towards W itself where the activations say nothing."""
+
+_DOUBLE_UP_TO = 1024
+"""Unfoldings up to this size are decomposed in float64 [count]; larger ones in float32, which truncation drowns anyway."""
+
+
+def contraction(spec: Spec, out: int, in_: int) -> Contraction:
+    """A chain of Reshape, MatMul and Transpose, input-side core first.
+
+    The state between cores is [spectators, remaining inputs, χ]: outputs already made, inputs not yet met, the bond.
+    """
+    _check(spec, out, in_)
+    steps: list[Step] = []
+    trailing: tuple[int, ...] = (in_,)
+
+    def reshape(*shape: int) -> None:
+        nonlocal trailing
+        shape = shape[1:] if len(shape) > 1 and shape[0] == 1 else shape
+        if shape != trailing:
+            steps.append(Reshape(shape))
+            trailing = shape
+
+    ranks = (1, *spec.ranks, 1)
+    spectators = 1
+    for k in range(len(spec.modes), 0, -1):
+        o, i = spec.modes[k - 1]
+        rows = spectators * math.prod(m[1] for m in spec.modes[: k - 1])
+        reshape(rows, i * ranks[k])
+        steps.append(MatMul(f"core{k}", o * ranks[k - 1], i * ranks[k]))
+        trailing = (*trailing[:-1], o * ranks[k - 1])
+        if o > 1 and rows > 1:
+            reshape(rows, o, ranks[k - 1])
+            steps.append(Transpose((1, 0, 2)))
+            trailing = (o, rows, ranks[k - 1])
+        spectators *= o
+    reshape(out)
+    return Contraction(out, in_, tuple(steps))
+
+
+def max_ranks(modes: Sequence[tuple[int, int]]) -> tuple[int, ...]:
+    """The largest useful χ of every cut, output side first: the smaller side of its unfolding."""
+    sizes = [o * i for o, i in modes]
+    return tuple(min(math.prod(sizes[:cut]), math.prod(sizes[cut:])) for cut in range(1, len(sizes)))
+
+
+def _check(spec: Spec, out: int, in_: int) -> None:
+    if len(spec.modes) < 2 or len(spec.ranks) != len(spec.modes) - 1:
+        raise PlanError(f"a tensor train of d ≥ 2 modes needs d − 1 ranks; got {spec}")
+    outs, ins = math.prod(o for o, _ in spec.modes), math.prod(i for _, i in spec.modes)
+    if (outs, ins) != (out, in_) or min(min(m) for m in spec.modes) < 1:
+        raise PlanError(f"modes of {spec} multiply to {outs}x{ins}; the layer is {out}x{in_}")
+    for cut, (rank, top) in enumerate(zip(spec.ranks, max_ranks(spec.modes), strict=True), start=1):
+        if not 1 <= rank <= top:
+            raise PlanError(f"rank {rank} at cut {cut} of {spec} is outside 1 … {top}, the cut's maximum")
+
+
+def factorize(weight: Array, spec: Spec, moment: SecondMoment | None, finish: Finish) -> None:
+    """weight [out, in] → core_k [o_k·χ_{k−1}, i_k·χ_k] for k = d … 1, each through `finish` as soon as it is known.
+
+    Raises NumericsError when the weight is not finite or no factorization converges.
+    """
+    out, in_ = weight.shape
+    _check(spec, out, in_)
+    if not np.isfinite(weight).all():
+        raise NumericsError("the weight holds NaN or Inf")
+    ranks = (1, *spec.ranks, 1)
+    remainder: Array = np.asarray(weight, dtype=np.float64 if min(out, in_) <= _DOUBLE_UP_TO else np.float32)
+    h: Array | None = None if moment is None or moment.width > MAX_STATE else _ridged(moment.matrix)
+    for k in range(len(spec.modes), 1, -1):
+        o, i = spec.modes[k - 1]
+        s = i * ranks[k]
+        left_in = math.prod(m[1] for m in spec.modes[: k - 1])
+        m = remainder.reshape(-1, o, left_in, s)
+        core = _bond(m, h, ranks[k - 1])
+        core = core.transpose(1, 0, 2).reshape(o * ranks[k - 1], s)
+        seen = np.asarray(finish(f"core{k}", core, _marginal(h, left_in, s)), dtype=remainder.dtype)
+        remainder, h = _refit(m, h, seen.reshape(o, ranks[k - 1], s))
+    finish("core1", remainder, None if h is None else SecondMoment(h))
+
+
+def _ridged(h: Array) -> Array:
+    ridged = np.array(h, dtype=np.float64)
+    mean = float(np.trace(ridged)) / len(ridged)
+    ridged[np.diag_indices_from(ridged)] += _RIDGE * mean if mean > 0 else 1.0
+    return ridged
+
+
+def _marginal(h: Array | None, left: int, right: int) -> SecondMoment | None:
+    """Second moment of the last `right` entries of a state [left, right], averaged over the left index."""
+    if h is None:
+        return None
+    return SecondMoment(np.einsum("asat->st", h.reshape(left, right, left, right)) / left)
+
+
+def _bond(m: Array, h: Array | None, rank: int) -> Array:
+    """Rows that span the best bond of m [O, o, I, s] between (O, I) and (o, s): core [χ, o, s].
+
+    With h, the rows of the core are uncorrelated and of unit variance (exactly so where the moment factors across the cut).
+    """
+    outs, o, left, s = m.shape
+    white = m
+    if h is not None:
+        h4 = h.reshape(left, s, left, s)
+        h_right = np.einsum("asat->st", h4) / left
+        white = m @ np.linalg.cholesky(h_right)
+        if left > 1:
+            h_left = np.einsum("asbs->ab", h4) / s
+            root_left = np.linalg.cholesky(h_left / (np.trace(h_left) / left))
+            white = np.einsum("oixs,xa->oias", white, root_left)
+    unfolding = white.transpose(0, 2, 1, 3).reshape(outs * left, o * s)
+    left_vectors, sizes = _left_singular(unfolding, rank)
+    # Projecting m itself on the left vectors gives rows in the original coordinates without inverting any root of h.
+    plain = m if h is None or left == 1 else np.einsum("oixs,xa->oias", m, root_left)
+    rows = left_vectors.T @ plain.transpose(0, 2, 1, 3).reshape(outs * left, o * s)
+    rows /= np.maximum(sizes, sizes.max(initial=0.0) * 1e-7 + 1e-30)[:, None]
+    return np.asarray(rows.reshape(rank, o, s))
+
+
+def _left_singular(matrix: Array, rank: int) -> tuple[Array, Array]:
+    """Leading left singular vectors [rows, rank] and singular values [rank], largest first, through the smaller Gram matrix."""
+    rows, cols = matrix.shape
+    if rows <= cols:
+        values, vectors = _eigh(matrix @ matrix.T, rank)
+        return vectors, np.sqrt(np.maximum(values, 0))
+    values, right = _eigh(matrix.T @ matrix, rank)
+    sizes = np.sqrt(np.maximum(values, 0))
+    vectors = matrix @ right
+    # Columns of a numerically zero singular value are noise; they stay tiny and the re-fit gives them no weight.
+    return vectors / np.maximum(sizes, sizes.max(initial=0.0) * 1e-7 + 1e-30), sizes
+
+
+def _eigh(gram: Array, rank: int) -> tuple[Array, Array]:
+    """Leading eigenpairs of a symmetric matrix, largest first. Falls back to another LAPACK driver."""
+    for driver in ("evd", "evr"):
+        try:
+            values, vectors = eigh(gram, driver=driver, check_finite=False)
+        except np.linalg.LinAlgError:
+            continue
+        return values[::-1][:rank], vectors[:, ::-1][:, :rank]
+    raise NumericsError("the eigendecomposition of the unfolding did not converge")
+
+
+def _refit(m: Array, h: Array | None, core: Array) -> tuple[Array, Array | None]:
+    """Best remainder [O, I·χ] given core [o, χ, s] as the runtime sees it, and the second moment of the new state.
+
+    Minimises Σ_o ‖m_o − R P_o‖²_h over R, where P_o = 1_I ⊗ core_o: R S = C with S = Σ P_o h P_oᵀ, C = Σ m_o h P_oᵀ.
+    """
+    outs, o, left, s = m.shape
+    rank = core.shape[1]
+    if h is None:
+        gram = np.einsum("ors,oqs->rq", core, core)
+        right = np.einsum("Oois,ors->Oir", m, core).reshape(-1, rank)
+        return _solve(gram, right).reshape(outs, left * rank), None
+    second = np.zeros((left * rank, left * rank))
+    cross = np.zeros((outs, left * rank))
+    for index in range(o):
+        half = (h.reshape(-1, s) @ core[index].T).reshape(left * s, left * rank)  # h P_oᵀ
+        cross += m[:, index].reshape(outs, -1) @ half
+        second += (core[index] @ half.reshape(left, s, left * rank)).reshape(left * rank, left * rank)
+    remainder = _solve(second, cross)
+    return remainder, second if len(second) <= MAX_STATE else None
+
+
+def _solve(gram: Array, right: Array) -> Array:
+    """X with X gram = right for a symmetric positive semi-definite gram; directions without weight get none."""
+    scale = np.sqrt(np.maximum(np.diag(gram), 1e-300))
+    normal = gram / np.outer(scale, scale)
+    for ridge in (1e-12, 1e-9, 1e-6, 1e-3):
+        damped = normal + ridge * np.eye(len(normal), dtype=normal.dtype)
+        try:
+            factor = np.linalg.cholesky(damped)
+        except np.linalg.LinAlgError:
+            continue
+        return np.asarray(cho_solve((factor, True), (right / scale).T, check_finite=False).T / scale)
+    raise NumericsError("the re-fit of a remainder to its quantised core is singular")
+
+
+def suggest(out: int, in_: int, ratio: float, multiple: int) -> list[Spec]:
+    """Trains of three cores in both split forms and of two in interleaved order, where the dimensions factor.
+
+    Bonds inside a half are kept at a share of their maximum that matches the ratio; the planner prices and measures all of them.
+    """
+    specs: list[Spec] = []
+    o1, o2 = _balanced(out, multiple)
+    i1, i2 = _balanced(in_, multiple)
+    if i1 > 1:
+        specs += _fit(((out, 1), (1, i1), (1, i2)), out, in_, ratio, multiple)
+    if o1 > 1:
+        specs += _fit(((o1, 1), (o2, 1), (1, in_)), out, in_, ratio, multiple)
+    if o1 > 1 and i1 > 1:
+        specs += _fit(((o1, i1), (o2, i2)), out, in_, ratio, multiple)
+    return specs
+
+
+def _balanced(n: int, multiple: int) -> tuple[int, int]:
+    """n = a·b with b a multiple of `multiple` and a ≤ b as large as possible; a = 1 where n does not factor so."""
+    best = max((a for a in range(1, math.isqrt(n) + 1) if n % a == 0 and (n // a) % multiple == 0), default=1)
+    return best, n // best
+
+
+def _fit(modes: tuple[tuple[int, int], ...], out: int, in_: int, ratio: float, multiple: int) -> list[Spec]:
+    """The largest ranks, all at one share of their maxima, whose cores hold at most ratio × out × in parameters."""
+    tops = max_ranks(modes)
+    for share in np.linspace(1.0, 0.02, 99):
+        ranks = tuple(max(multiple, int(top * share) // multiple * multiple) for top in tops)
+        if any(r > top for r, top in zip(ranks, tops, strict=True)):
+            return []
+        padded = (1, *ranks, 1)
+        size = sum(padded[k] * o * i * padded[k + 1] for k, (o, i) in enumerate(modes))
+        if size <= ratio * out * in_:
+            return [Spec("tensor_train", ranks, modes)]
+    return []

@@ -1,0 +1,82 @@
+"""The input second moment H = E[x xᵀ] of a layer, with the factorizations that decompositions and quantizers share.
+
+Everything edgec knows about the activations that a matrix really sees is in H: the squared output error of a replacement W̃ is
+tr((W − W̃) H (W − W̃)ᵀ). The factorizations are cached because q, k and v share one input, and because every candidate of a
+layer needs the same ones.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.linalg import lapack
+
+from edgec.errors import NumericsError
+
+Array = NDArray[Any]
+
+DAMPING = 0.01
+"""Share of the mean diagonal added for GPTQ's feedback (the GPTQ paper's value)."""
+
+_ROOT_DAMPING = 1e-6
+"""Share of the mean diagonal added for the square root: enough to make a rank-deficient H factorizable."""
+
+
+class SecondMoment:
+    """matrix: [k, k], symmetric positive semi-definite. Raises NumericsError when it is not finite."""
+
+    def __init__(self, matrix: Array) -> None:
+        if not np.isfinite(matrix).all():
+            raise NumericsError("the second moment of the layer's input holds NaN or Inf")
+        self.matrix: NDArray[np.float64] = np.asarray(matrix, dtype=np.float64)
+
+    @property
+    def width(self) -> int:
+        return int(self.matrix.shape[0])
+
+    @cached_property
+    def diagonal(self) -> NDArray[np.float32]:
+        """Mean square of every input channel, float32 [k]."""
+        return np.maximum(np.diag(self.matrix), 0).astype(np.float32)
+
+    @cached_property
+    def root(self) -> NDArray[np.float64]:
+        """Lower-triangular L [k, k] with L Lᵀ = H + a millionth of its mean diagonal."""
+        return self._factor(self.matrix, _ROOT_DAMPING)
+
+    @cached_property
+    def feedback(self) -> NDArray[np.float32]:
+        """Upper-triangular U [k, k] with UᵀU = (H + damping)⁻¹, float32: row j is GPTQ's feedback of column j.
+
+        H read backwards is L Lᵀ, so H = R Rᵀ with R = L read backwards, upper triangular, and U = R⁻¹.
+        """
+        reverse = self._factor(self.matrix[::-1, ::-1], DAMPING)[::-1, ::-1]
+        inverse, failed = lapack.dtrtri(np.asfortranarray(reverse), lower=0)
+        if failed:
+            raise NumericsError("the second moment of the layer's input is singular, even damped")
+        return np.asarray(inverse, dtype=np.float32)
+
+    def squared(self, rows: Array) -> float:
+        """tr(E H Eᵀ) for rows E [n, k]: the expected squared norm of E x."""
+        e = np.asarray(rows, dtype=np.float32)
+        return float(np.einsum("ij,ij->", e @ self.matrix.astype(np.float32), e))
+
+    def through(self, matrix: Array) -> SecondMoment:
+        """Second moment of P x for P [m, k]: P H Pᵀ."""
+        return SecondMoment(matrix @ self.matrix @ matrix.T)
+
+    @staticmethod
+    def _factor(matrix: NDArray[np.float64], share: float) -> NDArray[np.float64]:
+        mean = float(np.trace(matrix)) / len(matrix)
+        damping = share * mean if mean > 0 else 1.0
+        for _ in range(12):
+            damped = np.array(matrix, order="F")
+            damped[np.diag_indices_from(damped)] += damping
+            lower, failed = lapack.dpotrf(damped, lower=1, overwrite_a=1, clean=1)
+            if not failed:
+                return np.asarray(lower, dtype=np.float64)
+            damping *= 10
+        raise NumericsError("the second moment of the layer's input is not positive semi-definite")

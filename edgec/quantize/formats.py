@@ -1,0 +1,224 @@
+"""Number formats of cores: plain floats and block-quantised integers with exact byte counts.
+
+A quantised core [n, k] is cut into blocks along k; block j of row i holds integer codes and one scale:
+
+    w = (code − zero) · scale        code in 0 … 2^bits − 1, zero = 2^(bits − 1) unless zero points are stored
+
+which is `com.microsoft.MatMulNBits` exactly. Scales are stored as fp16 and cast to fp32 inside the graph:
+onnxruntime folds the cast when the session is created and packs the weights as if the scales had been fp32 (measured: same
+speed), so a block of 32 costs half a bit per weight instead of one. Storing fp32 scales was turned down for that reason.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgec.errors import NumericsError, PlanError
+
+Array = NDArray[Any]
+
+FAST_BLOCKS = (16, 32, 64, 128, 256)
+"""Block sizes with fast MatMulNBits kernels; 512 silently gave zeros (onnxruntime #28551)."""
+
+_FLOATS = {"fp32": 4, "fp16": 2}
+_NAME = re.compile(r"int(2|4|8)-b(\d+)(-zp)?")
+_FP16_MAX = 65504.0
+_FP16_NORMAL_MIN = 2.0**-14
+
+
+@dataclass(frozen=True)
+class CoreFormat:
+    """How a core's numbers are stored. bits 32 or 16: plain floats; 2, 4, 8: integers with one scale per `block`."""
+
+    bits: int
+    block: int = 0
+    zero_points: bool = False
+
+    @classmethod
+    def parse(cls, name: str) -> CoreFormat:
+        """From a name such as "fp32", "int8-b32", "int4-b64-zp". Raises PlanError."""
+        if name in _FLOATS:
+            return cls(bits=8 * _FLOATS[name])
+        match = _NAME.fullmatch(name)
+        if not match or int(match[2]) not in FAST_BLOCKS:
+            raise PlanError(
+                f"unknown core format {name!r}; expected fp32, fp16, or int2|int4|int8 with -b16, -b32, -b64, -b128 "
+                "or -b256, optionally followed by -zp (for example int4-b32)"
+            )
+        return cls(bits=int(match[1]), block=int(match[2]), zero_points=bool(match[3]))
+
+    def __str__(self) -> str:
+        if not self.block:
+            return f"fp{self.bits}"
+        return f"int{self.bits}-b{self.block}" + ("-zp" if self.zero_points else "")
+
+    @property
+    def quantised(self) -> bool:
+        return self.block > 0
+
+    @property
+    def zero(self) -> int:
+        """The code that stands for 0.0 where no zero points are stored."""
+        return 1 << (self.bits - 1)
+
+    def blocks(self, k: int) -> int:
+        return -(-k // self.block)
+
+    def stored_bytes(self, shape: tuple[int, ...]) -> int:
+        """Bytes of a core of this shape: codes, scales, zero points, padding of the last block."""
+        if not self.quantised:
+            return math.prod(shape) * self.bits // 8
+        *rows, k = shape
+        n, blocks = math.prod(rows), self.blocks(k)
+        zero_points = n * -(-blocks * self.bits // 8) if self.zero_points else 0
+        return n * blocks * (self.block * self.bits // 8 + 2) + zero_points
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedTensor:
+    """A quantised core of `shape` (n, k).
+
+    codes: uint8 [n, blocks·block], one code per byte, the padding of the last block at `fmt.zero`.
+    scales: fp16 [n, blocks] (fp32 where fp16 cannot hold them). zero_points: uint8 [n, blocks] or None.
+    """
+
+    fmt: CoreFormat
+    shape: tuple[int, int]
+    codes: NDArray[np.uint8]
+    scales: Array
+    zero_points: NDArray[np.uint8] | None = None
+
+    @cached_property
+    def stored_bytes(self) -> int:
+        extra = self.scales.size * (self.scales.dtype.itemsize - 2)
+        return self.fmt.stored_bytes(self.shape) + extra
+
+    def dequantize(self) -> NDArray[np.float32]:
+        """The values that the codes stand for, float32 [n, k]."""
+        n, k = self.shape
+        zero: Array | np.float32 = np.float32(self.fmt.zero)
+        if self.zero_points is not None:
+            zero = self.zero_points.astype(np.float32)[:, :, None]
+        blocks = self.codes.reshape(n, -1, self.fmt.block).astype(np.float32)
+        values = (blocks - zero) * self.scales.astype(np.float32)[:, :, None]
+        return values.reshape(n, -1)[:, :k]
+
+    def packed(self) -> NDArray[np.uint8]:
+        """Codes as MatMulNBits stores them: uint8 [n, blocks, block·bits/8], earlier codes in the lower bits."""
+        n = self.shape[0]
+        return pack_bits(self.codes, self.fmt.bits).reshape(n, -1, self.fmt.block * self.fmt.bits // 8)
+
+    def packed_zero_points(self) -> NDArray[np.uint8] | None:
+        """Zero points as MatMulNBits stores them: uint8 [n, ⌈blocks·bits/8⌉]."""
+        return None if self.zero_points is None else pack_bits(self.zero_points, self.fmt.bits)
+
+
+def pack_bits(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
+    """Codes [n, m] < 2^bits → bytes [n, ⌈m·bits/8⌉], earlier codes in the lower bits, the last byte zero-padded."""
+    per_byte = 8 // bits
+    n, m = codes.shape
+    padded = np.zeros((n, -(-m // per_byte) * per_byte), np.uint8)
+    padded[:, :m] = codes
+    packed = np.zeros((n, padded.shape[1] // per_byte), np.uint8)
+    for place in range(per_byte):
+        packed |= padded[:, place::per_byte] << np.uint8(place * bits)
+    return packed
+
+
+def unpack_bits(packed: NDArray[np.uint8], bits: int, m: int) -> NDArray[np.uint8]:
+    """Inverse of `pack_bits` for m codes a row."""
+    per_byte = 8 // bits
+    codes = np.empty((packed.shape[0], packed.shape[1] * per_byte), np.uint8)
+    for place in range(per_byte):
+        codes[:, place::per_byte] = (packed >> np.uint8(place * bits)) & np.uint8((1 << bits) - 1)
+    return codes[:, :m]
+
+
+def storable_scales(scales: Array) -> Array:
+    """Scales as they will be stored, so that codes are computed against the values that the runtime will see.
+
+    fp16, unless the largest scale overflows it or is so small that fp16 would hold it as a subnormal.
+    """
+    if not np.isfinite(scales).all():
+        raise NumericsError("a quantization scale is NaN or Inf; the weights or their statistics are not finite")
+    largest = float(np.abs(scales).max(initial=0.0))
+    fits = largest == 0.0 or _FP16_NORMAL_MIN <= largest <= _FP16_MAX
+    return scales.astype(np.float16 if fits else np.float32)
+
+
+def block_grid(
+    blocks: NDArray[np.float32], fmt: CoreFormat, importance: NDArray[np.float32] | None = None
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Scale and zero point of every block: blocks [..., block] → scales [...], zeros [...] (float32, zeros integral).
+
+    The scale is searched on a short grid below the one that just covers the extremes, minimising the squared error weighted
+    by `importance` [..., block] (broadcast; the diagonal of H): clipping a few extremes a little is nearly always better
+    at 4 bits and below. The side of the asymmetric integer range is part of the search, as a signed scale.
+    """
+    top = np.float32((1 << fmt.bits) - 1)
+    if fmt.zero_points:
+        low = np.minimum(blocks.min(axis=-1), 0.0)
+        high = np.maximum(blocks.max(axis=-1), 0.0)
+        bases = [((high - low) / top, low)]
+    else:
+        extreme = np.take_along_axis(blocks, np.abs(blocks).argmax(axis=-1)[..., None], axis=-1)[..., 0]
+        signs = (-1.0,) if fmt.bits > 2 else (-1.0, 1.0)
+        bases = [(np.float32(sign) * extreme / np.float32(fmt.zero), extreme) for sign in signs]
+    factors = {8: (1.0,), 4: (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7), 2: (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)}[fmt.bits]
+    best_error: Array | None = None
+    scales = zeros = np.empty(0, np.float32)
+    for base, low in bases:
+        for factor in factors:
+            scale = storable_scales(base * np.float32(factor)).astype(np.float32)
+            zero = _zero(low * np.float32(factor), scale, fmt)
+            error = (blocks - _on_grid(blocks, scale, zero, top)) ** 2
+            error = (error if importance is None else error * importance).sum(axis=-1)
+            if best_error is None:
+                best_error, scales, zeros = error, scale, zero
+            else:
+                better = error < best_error
+                best_error = np.where(better, error, best_error)
+                scales, zeros = np.where(better, scale, scales), np.where(better, zero, zeros)
+    return scales, zeros
+
+
+def _zero(low: NDArray[np.float32], scale: NDArray[np.float32], fmt: CoreFormat) -> NDArray[np.float32]:
+    if not fmt.zero_points:
+        return np.full(scale.shape, fmt.zero, np.float32)
+    exact = np.divide(-low, scale, out=np.zeros_like(scale), where=scale != 0)
+    zero: NDArray[np.float32] = np.clip(np.rint(exact), 0, (1 << fmt.bits) - 1).astype(np.float32)
+    return zero
+
+
+def _on_grid(
+    blocks: NDArray[np.float32], scale: NDArray[np.float32], zero: NDArray[np.float32], top: np.float32
+) -> NDArray[np.float32]:
+    codes = encode(blocks, scale[..., None], zero[..., None], top)
+    values: NDArray[np.float32] = (codes - zero[..., None]) * scale[..., None]
+    return values
+
+
+def encode(
+    values: NDArray[np.float32], scale: NDArray[np.float32], zero: NDArray[np.float32], top: np.float32
+) -> NDArray[np.float32]:
+    """Nearest codes (as float32) of values on the grid; a zero scale gives the zero code. Shapes broadcast."""
+    inverse = np.divide(np.float32(1), scale, out=np.zeros_like(scale), where=scale != 0)
+    codes = values * inverse
+    codes += zero
+    np.rint(codes, out=codes)
+    return np.clip(codes, 0, top, out=codes)
+
+
+def pad_blocks(core: Array, fmt: CoreFormat) -> NDArray[np.float32]:
+    """core [n, k] → float32 [n, blocks, block], the last block padded with zeros."""
+    n, k = core.shape
+    padded = np.zeros((n, fmt.blocks(k) * fmt.block), np.float32)
+    padded[:, :k] = core
+    return padded.reshape(n, -1, fmt.block)

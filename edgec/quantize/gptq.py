@@ -1,0 +1,47 @@
+"""GPTQ (Frantar et al. 2023, arXiv 2210.17323, Algorithm 1): each column's rounding error is pushed into the columns not yet
+rounded, along the inverse second moment of the input, so that the error of the *output* W x stays small.
+
+Columns keep their order: the reordering of the original (`act_order`) needs a g_idx input, which disables
+MatMulNBits' packed kernels.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgec.moments import SecondMoment
+from edgec.quantize.formats import CoreFormat, QuantizedTensor, block_grid, encode, pad_blocks, storable_scales
+from edgec.quantize.rtn import quantize as rtn
+
+def quantize(core: NDArray[Any], fmt: CoreFormat, second_moment: SecondMoment | None = None) -> QuantizedTensor:
+    """core [n, k], second_moment of the core's input (k wide) → QuantizedTensor. Without one, falls back to RTN."""
+    if second_moment is None:
+        return rtn(core, fmt)
+    n, k = core.shape
+    feedback, importance = second_moment.feedback, second_moment.diagonal
+    top = np.float32((1 << fmt.bits) - 1)
+
+    work = np.ascontiguousarray(core.T, dtype=np.float32)  # [k, n]: one column of the core is one contiguous row here
+    codes = np.full((fmt.blocks(k) * fmt.block, n), fmt.zero, np.uint8)
+    scales = np.zeros((fmt.blocks(k), n), np.float32)
+    zeros = np.full((fmt.blocks(k), n), fmt.zero, np.float32)
+    for block in range(fmt.blocks(k)):
+        start, stop = block * fmt.block, min((block + 1) * fmt.block, k)
+        group = pad_blocks(work[start:stop].T, fmt)[:, 0]
+        weights = pad_blocks(importance[None, start:stop], fmt)[:, 0]
+        scales[block], zeros[block] = block_grid(group, fmt, weights)
+        errors = np.empty((stop - start, n), np.float32)
+        for column in range(start, stop):
+            code = encode(work[column], scales[block], zeros[block], top)
+            codes[column] = code
+            local = feedback[column, column:stop]
+            error = (work[column] - (code - zeros[block]) * scales[block]) / local[0]
+            work[column:stop] -= np.outer(local, error)
+            errors[column - start] = error
+        work[stop:] -= feedback[start:stop, stop:].T @ errors
+    zero_points = np.ascontiguousarray(zeros.T).astype(np.uint8) if fmt.zero_points else None
+    # block_grid already rounded the scales to what fp16 (or fp32) stores, so this conversion is exact.
+    return QuantizedTensor(fmt, (n, k), np.ascontiguousarray(codes.T), storable_scales(scales.T.copy()), zero_points)
