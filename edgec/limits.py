@@ -40,3 +40,9 @@ WORKER_TIMEOUT_S = 1800
 
 MAX_WORKER_OUTPUT_BYTES = 16 * 1024 * 1024
 """Most output taken from a measurement worker [bytes]."""
+
+BASELINE_TIMEOUT_S = 3600
+"""Longest run of another tool that builds a baseline [seconds]."""
+
+MAX_TOOL_OUTPUT_BYTES = 64 * 1024 * 1024
+"""Most output taken from another tool [bytes]; model builders log every node."""

@@ -1,0 +1,99 @@
+"""Dense peers made by other people's tools from the same model, so that a comparison is not against ourselves.
+
+One file per baseline, found by file name. A file sets `PLUGIN = True` and defines
+
+    TASK: str       "encoder" or "causal-lm"
+    NAME: str       short name, unique within the task: "int8", "int4", …
+    TOOL: str       what makes it, for the report
+    SOURCE: str     what `build` reads: "dense-onnx" (edgec's own dense fp32 export of an encoder) or "checkpoint"
+    build(source: Path, out: Path) -> None      writes a folder that the measurement worker loads
+
+`build` always runs in a process of its own (`make`): these tools configure the root logger, change the working
+directory, keep whole models alive, and one of them is a script.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Protocol, cast
+
+import edgec
+from edgec import limits, plugins
+from edgec.errors import BenchError, UsageError
+from edgec.outputs import staged_folder
+from edgec.subprocesses import run
+
+DENSE_ONNX = "dense-onnx"
+CHECKPOINT = "checkpoint"
+TOKENIZER_FILES = (
+    "config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "sentence_bert_config.json",
+)
+
+
+class Baseline(Protocol):
+    """What a file in this folder defines at module level."""
+
+    TASK: str
+    NAME: str
+    TOOL: str
+    SOURCE: str
+
+    def build(self, source: Path, out: Path) -> None: ...
+
+
+def all_baselines() -> tuple[Baseline, ...]:
+    return tuple(cast(Baseline, plugins.load(__name__, name)) for name in plugins.names(__name__))
+
+
+def names(task: str) -> tuple[str, ...]:
+    """Short names of the baselines for a task."""
+    return tuple(b.NAME for b in all_baselines() if task == b.TASK)
+
+
+def get(name: str, task: str) -> Baseline:
+    """The baseline `name` for `task`. Raises UsageError that lists the known ones."""
+    found = [b for b in all_baselines() if (name, task) == (b.NAME, b.TASK)]
+    if found:
+        return found[0]
+    raise UsageError(f"unknown baseline {name!r} for {task}; known: {', '.join(names(task)) or 'none'}")
+
+
+def make(name: str, task: str, source: Path, out: Path, timeout_s: float = limits.BASELINE_TIMEOUT_S) -> Path:
+    """Builds the baseline `name` from `source` into `out`, which appears whole or not at all; returns `out`.
+
+    source: a dense fp32 ONNX folder for encoders, the checkpoint folder for causal LMs (see `SOURCE`). Raises
+    OutputError when `out` exists, BenchError with the tool's last words when it fails.
+    """
+    baseline = get(name, task)
+    if not source.is_dir():
+        raise BenchError(f"baseline {name}: {source} is not a folder; expected a {baseline.SOURCE} folder")
+    with staged_folder(out) as stage:
+        finished = run(
+            [sys.executable, "-P", "-m", "edgec.bench.baselines", name, task, source.resolve(), stage],
+            timeout_s=timeout_s,
+            env=_environment(),
+            max_output_bytes=limits.MAX_TOOL_OUTPUT_BYTES,
+        )
+        if not finished.ok:
+            raise BenchError(f"baseline {name} ({baseline.TOOL}) failed: {finished.reason()}")
+    return out
+
+
+def copy_tokenizer(source: Path, out: Path) -> None:
+    """The small files beside an encoder's model that its loader reads."""
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, out / name)
+
+
+def _environment() -> dict[str, str]:
+    root = str(Path(edgec.__file__).resolve().parents[1])
+    path = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH", "")) if p)
+    return {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}

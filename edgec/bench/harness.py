@@ -1,0 +1,243 @@
+"""Contestants against one another on one device: interleaved rounds of fresh processes, medians and quartiles.
+
+Every round measures every contestant once, in an order that rotates from round to round, so that a machine that
+heats up, throttles or gets a noisy neighbour treats all of them alike. One process gives one value per metric (the
+median of its own samples, which are not independent of each other); the spread is that of the processes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+
+from edgec import limits
+from edgec.bench.devices import Device, open_device
+from edgec.bench.jobs import METRICS, Answers, Job
+from edgec.bench.sizes import artifact_bytes
+from edgec.bench.text import sentences
+from edgec.errors import BenchError, EdgecError, UsageError
+from edgec.records import Measurement, Spread
+from edgec.runtime.interfaces import CAUSAL_LM, ENCODER
+from edgec.runtime.options import RuntimeOptions, Spin
+
+Progress = Callable[[int, int, str], None]
+"""Called with (measurements done, measurements in all, what runs now)."""
+
+_MEMORY = ("load_s", "runtime_rss_bytes", "load_peak_rss_bytes", "peak_rss_bytes")
+_GIVE_UP_AFTER = 2
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """An artifact folder under a name. task: "encoder" or "causal-lm"; "" finds out from the files.
+
+    quality, notes: shown beside the speed in the same row.
+    """
+
+    name: str
+    folder: Path
+    task: str = ""
+    quality: Mapping[str, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def resolved_task(self) -> str:
+        if self.task:
+            return self.task
+        return CAUSAL_LM if (self.folder / "genai_config.json").is_file() else ENCODER
+
+
+@dataclass(frozen=True)
+class BenchSettings:
+    """How to measure. threads 0: all physical cores of the device. rounds: fresh processes per contestant.
+
+    samples, warmup, min_sample_s: inside each process. prompt_tokens, new_tokens: causal LMs. batch,
+    sentence_words: encoders. spread_bound: interquartile range ÷ median above which a row says that it is
+    unsettled. timeout_s: of one process.
+    """
+
+    device: str = "local"
+    threads: int = 0
+    rounds: int = 5
+    samples: int = 3
+    warmup: int = 1
+    min_sample_s: float = 0.3
+    prompt_tokens: int = 128
+    new_tokens: int = 64
+    batch: int = 32
+    sentence_words: int = 16
+    spread_bound: float = 0.15
+    timeout_s: float = 600.0
+    spin: Spin = "run"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        RuntimeOptions(self.threads, self.spin)
+        whole = {"rounds": 1000, "samples": 1000, "batch": 4096, "sentence_words": 4096}
+        whole |= {"prompt_tokens": 1 << 20, "new_tokens": 1 << 20}
+        for name, high in whole.items():
+            if not 1 <= getattr(self, name) <= high:
+                raise UsageError(f"{name} must be between 1 and {high}, got {getattr(self, name)}")
+        if self.warmup < 0 or not 0 <= self.min_sample_s <= 60:
+            raise UsageError("warmup must not be negative, and min_sample_s must be between 0 and 60 seconds")
+        if not 0 < self.timeout_s <= limits.WORKER_TIMEOUT_S:
+            raise UsageError(f"timeout_s must be above 0 and at most {limits.WORKER_TIMEOUT_S}, got {self.timeout_s}")
+        if not self.spread_bound > 0:
+            raise UsageError(f"spread_bound must be above 0, got {self.spread_bound}")
+
+
+@dataclass
+class _Row:
+    """What has been measured of one contestant so far: per metric, one value per process."""
+
+    contestant: Contestant
+    job: Job
+    bytes: int
+    values: dict[str, list[float]] = field(default_factory=dict)
+    facts: dict[str, str | float] = field(default_factory=dict)
+    failures: list[str] = field(default_factory=list)
+    failed_in_a_row: int = 0
+
+
+def run_bench(
+    contestants: Sequence[Contestant],
+    settings: BenchSettings | None = None,
+    progress: Progress | None = None,
+    device: Device | None = None,
+) -> list[Measurement]:
+    """One Measurement per contestant, in the order given. `device`: an open one, instead of `settings.device`.
+
+    A contestant whose workers crash, hang or answer nonsense gets a row that says so (notes starting "failed" or
+    "incomplete") and keeps the samples it has; it is not tried again after two failures in a row. Raises BenchError
+    when nothing at all could be measured, UsageError for a request that makes no sense.
+    """
+    settings = settings or BenchSettings()
+    names = [c.name for c in contestants]
+    if not names or len(set(names)) != len(names):
+        raise UsageError(f"a bench needs contestants with different names, got {names}")
+    device = device or open_device(settings.device)
+    rows = [_Row(c, _job(c, settings, device), artifact_bytes(c.folder)) for c in contestants]
+    done, total = 0, len(rows) * settings.rounds
+    for round_number in range(settings.rounds):
+        turn = round_number % len(rows)
+        for row in rows[turn:] + rows[:turn]:
+            if row.failed_in_a_row < _GIVE_UP_AFTER:
+                if progress:
+                    progress(done, total, f"round {round_number + 1}: {row.contestant.name}")
+                _measure_once(row, device, settings, round_number)
+            done += 1
+    if progress:
+        progress(total, total, "")
+    if not any(row.values for row in rows):
+        raise BenchError(f"nothing could be measured; {rows[0].contestant.name}: {rows[0].failures[0]}")
+    return [_measurement(row, device, settings) for row in rows]
+
+
+def _job(contestant: Contestant, settings: BenchSettings, device: Device) -> Job:
+    task = contestant.resolved_task()
+    if task not in (ENCODER, CAUSAL_LM):
+        raise UsageError(f"{contestant.name}: the task {task!r} cannot be measured; expected {ENCODER} or {CAUSAL_LM}")
+    if not contestant.folder.is_dir():
+        raise BenchError(f"{contestant.name}: {contestant.folder} is not a folder")
+    return Job(
+        folder=str(contestant.folder.resolve()),
+        task=task,
+        threads=settings.threads or device.threads(),
+        spin=settings.spin,
+        warmup=settings.warmup,
+        samples=settings.samples,
+        min_sample_s=settings.min_sample_s,
+        prompt_tokens=settings.prompt_tokens,
+        new_tokens=settings.new_tokens,
+        seed=settings.seed,
+        sentences=sentences(settings.batch, settings.sentence_words, settings.seed) if task == ENCODER else (),
+    )
+
+
+def _measure_once(row: _Row, device: Device, settings: BenchSettings, round_number: int) -> None:
+    """One fresh process; whatever it said before it failed is kept."""
+    answers = Answers()
+    problem = ""
+    try:
+        finished = device.measure(
+            row.job, timeout_s=settings.timeout_s, on_line=lambda line: answers.take(line, row.job)
+        )
+        problem = "" if finished.ok else finished.reason()
+    except EdgecError as error:  # the device itself: unreachable, gone, without a runtime
+        problem = str(error)
+    for name in METRICS:
+        found = [sample[name] for sample in answers.samples if name in sample]
+        if found:
+            row.values.setdefault(name, []).append(median(found))
+    for name in _MEMORY:
+        value = getattr(answers, name)
+        if value is not None:
+            row.values.setdefault(name, []).append(float(value))
+    row.facts.update(answers.facts)
+    if answers.done and not problem and len(answers.samples) == row.job.samples:
+        row.failed_in_a_row = 0
+        return
+    row.failed_in_a_row += 1
+    reason = answers.error or answers.problem or problem or "it ended before it had answered everything"
+    kept = f" ({len(answers.samples)} of {row.job.samples} samples kept)" if answers.samples else ""
+    row.failures.append(f"round {round_number + 1}: {reason}{kept}")
+
+
+def _measurement(row: _Row, device: Device, settings: BenchSettings) -> Measurement:
+    metrics = {name: spread(values) for name, values in row.values.items()}
+    measured = any(name in metrics for name in METRICS)
+    notes = list(row.contestant.notes) + list(device.notes)
+    if row.failures:
+        state = "incomplete" if measured else "failed"
+        notes += [f"{state}: {failure}" for failure in row.failures]
+    notes += _spread_notes(metrics, settings.spread_bound)
+    return Measurement(
+        contestant=row.contestant.name,
+        device=device.name,
+        threads=row.job.threads,
+        task=row.job.task,
+        settings=_settings(row, settings),
+        metrics=metrics if measured else {},
+        artifact_bytes=row.bytes,
+        quality=dict(row.contestant.quality),
+        notes=tuple(notes),
+    )
+
+
+def _settings(row: _Row, settings: BenchSettings) -> dict[str, int | float | str]:
+    """What a reader needs to repeat the row."""
+    result: dict[str, int | float | str] = {
+        "rounds": settings.rounds,
+        "samples": settings.samples,
+        "warmup": settings.warmup,
+        "spin": settings.spin,
+        "seed": settings.seed,
+    }
+    if row.job.task == CAUSAL_LM:
+        result |= {"prompt_tokens": settings.prompt_tokens, "new_tokens": settings.new_tokens}
+    else:
+        result |= {"batch": settings.batch, "sentence_words": settings.sentence_words}
+    return result | row.facts
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Median and quartiles (linear interpolation) of one value per process."""
+    low, middle, high = (float(v) for v in np.percentile(np.asarray(values, dtype=np.float64), (25, 50, 75)))
+    if not math.isfinite(low + middle + high):
+        raise BenchError("a measured value is not finite")
+    return Spread(middle, low, high, len(values))
+
+
+def _spread_notes(metrics: Mapping[str, Spread], bound: float) -> list[str]:
+    """One note for each timed metric whose quartiles lie too far apart to compare it."""
+    notes = []
+    for name in METRICS:
+        found = metrics.get(name)
+        if found and (found.high - found.low) / found.value > bound:
+            share = 100 * (found.high - found.low) / found.value
+            notes.append(f"unsettled: {name} spreads over {share:.0f} % of its median (bound {100 * bound:.0f} %)")
+    return notes

@@ -1,0 +1,45 @@
+"""How many bytes an artifact is: the model file and the external data that it names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from edgec.errors import BenchError
+from edgec.runtime.layout import inside, optional_json
+
+MODEL_FILES = ("model.onnx", "model.gguf")
+
+
+def model_file(folder: Path) -> Path:
+    """The model file of an artifact folder. Raises BenchError without one, CheckpointError when it lies outside."""
+    config = folder / "genai_config.json"
+    model = optional_json(config).get("model")
+    decoder = model.get("decoder") if isinstance(model, dict) else None
+    if isinstance(decoder, dict):
+        return inside(folder, decoder.get("filename", "model.onnx"), config)
+    for name in MODEL_FILES:
+        if (folder / name).is_file():
+            return folder / name
+    raise BenchError(f"{folder} holds no model file (looked for {', '.join(MODEL_FILES)})")
+
+
+def artifact_bytes(folder: Path) -> int:
+    """Model file plus external data [bytes]; tokenizer and configuration are not counted."""
+    path = model_file(folder)
+    files = {path.resolve(): path.stat().st_size}
+    for location in sorted(_external(path)) if path.suffix == ".onnx" else ():
+        data = inside(folder, location, path)
+        files[data.resolve()] = data.stat().st_size
+    return sum(files.values())
+
+
+def _external(path: Path) -> set[str]:
+    """File names that the graph's initializers point to (subgraphs included); no tensor is read."""
+    import onnx_ir as ir
+
+    try:
+        model = ir.load(path)
+    except Exception as error:  # protobuf's DecodeError, ValueError and more, depending on what is broken
+        raise BenchError(f"{path} cannot be read as ONNX: {error}") from error
+    values = (value.const_value for graph in model.graphs() for value in graph.initializers.values())
+    return {str(value.location) for value in values if isinstance(value, ir.ExternalTensor)}

@@ -1,0 +1,176 @@
+"""The measuring process: `python -m edgec.bench.worker`, a JSON job on stdin, JSON lines on stdout.
+
+Small on purpose (standard library, numpy, one runtime), because its own memory is part of what it reports and
+because it is copied to devices that have nothing else. A fresh one runs for every measurement: allocators, page
+tables and thread pools that an earlier model warmed or fragmented would otherwise be part of the next one's result.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import fmean, median
+from typing import IO, Any, cast
+
+from edgec.bench.jobs import Job
+from edgec.errors import BenchError, EdgecError
+from edgec.runtime.artifact import find_loader
+from edgec.runtime.interfaces import CAUSAL_LM, ENCODER, CausalLM, Encoder
+from edgec.runtime.options import RuntimeOptions
+
+_SINGLES = 8
+"""Sentences that are timed one by one in each sample [count]."""
+
+
+def main() -> int:
+    """Reads the job, measures, answers. Exit status 0 when the answers are complete."""
+    answers = _protected_stdout()
+    _die_with_parent()
+
+    def say(event: str, **values: Any) -> None:
+        answers.write(json.dumps({"event": event, **values}) + "\n")
+        answers.flush()
+
+    try:
+        measure(Job.from_json(sys.stdin.buffer.read()), say)
+    except EdgecError as error:
+        say("error", kind=type(error).__name__, message=str(error))
+        return error.exit_code
+    except MemoryError:
+        say("error", kind="MemoryError", message="out of memory; use a smaller model, batch or context")
+        return 1
+    except Exception as error:  # a runtime's own exception: the row fails with its text, the bench goes on
+        say("error", kind=type(error).__name__, message=f"{type(error).__name__}: {error}")
+        return 1
+    return 0
+
+
+def measure(job: Job, say: Callable[..., None]) -> None:
+    """Runs one job; `say(event, **values)` gets each answer as it is known."""
+    folder = Path(job.folder)
+    loader = find_loader(folder)
+    versions = loader.prepare()
+    say("ready", runtime_rss_bytes=memory()[0], versions=versions)
+    started = time.perf_counter()
+    model = loader.load(folder, RuntimeOptions(job.threads, cast(Any, job.spin)))
+    load_s = time.perf_counter() - started
+    if model.task != job.task:
+        raise BenchError(f"{folder} holds a model for {model.task}, not for {job.task}")
+    loaded: dict[str, Any] = {"load_s": load_s, "load_peak_rss_bytes": memory()[1]}
+    if model.task == ENCODER:
+        encoder = cast(Encoder, model)
+        if not job.sentences:
+            raise BenchError("an encoder's job needs sentences")
+        loaded["sentence_tokens"] = encoder.token_count(job.sentences) / len(job.sentences)
+        sample = _encoder_sampler(encoder, job)
+    elif model.task == CAUSAL_LM:
+        sample = _causal_sampler(cast(CausalLM, model), job)
+    else:
+        raise BenchError(f"the worker cannot measure the task {model.task!r}")
+    say("loaded", **loaded)
+    for number in range(job.warmup + job.samples):
+        warm = number < job.warmup
+        metrics = sample(0.0 if warm else job.min_sample_s)
+        if not warm:
+            say("sample", metrics=metrics)
+    say("done", peak_rss_bytes=memory()[1])
+
+
+def _encoder_sampler(model: Encoder, job: Job) -> Callable[[float], dict[str, float]]:
+    """Sentences per second at one batch and the latency of a single sentence; tokenization is part of both."""
+    singles = job.sentences[:_SINGLES]
+
+    def sample(min_seconds: float) -> dict[str, float]:
+        batches, started = 0, time.perf_counter()
+        while True:
+            model.embed(job.sentences, batch_size=len(job.sentences))
+            batches += 1
+            elapsed = time.perf_counter() - started
+            if elapsed >= min_seconds:
+                break
+        latencies = []
+        for sentence in singles:
+            begun = time.perf_counter()
+            model.embed([sentence])
+            latencies.append(time.perf_counter() - begun)
+        return {"items_s": batches * len(job.sentences) / elapsed, "item_ms": 1e3 * median(latencies)}
+
+    return sample
+
+
+def _causal_sampler(model: CausalLM, job: Job) -> Callable[[float], dict[str, float]]:
+    """Time to first token (cache allocation and prefill), then the rate of the tokens after it.
+
+    The prompt is random but seeded, so that every contestant with the same vocabulary sees the same ids.
+    """
+    chooser = random.Random(job.seed)
+    prompt = [chooser.randrange(model.vocab_size) for _ in range(job.prompt_tokens)]
+
+    def sample(min_seconds: float) -> dict[str, float]:
+        first: list[float] = []
+        rest: list[float] = []
+        while True:
+            begun = time.perf_counter()
+            tokens = model.forced(prompt, job.new_tokens)
+            next(tokens)
+            prefilled = time.perf_counter()
+            count = 1 + sum(1 for _ in tokens)
+            ended = time.perf_counter()
+            if count != job.new_tokens:
+                raise BenchError(f"the runtime generated {count} tokens instead of {job.new_tokens}")
+            first.append(prefilled - begun)
+            rest.append(ended - prefilled)
+            if sum(first) + sum(rest) >= min_seconds:
+                break
+        result = {"ttft_ms": 1e3 * fmean(first), "prefill_tok_s": job.prompt_tokens / fmean(first)}
+        if job.new_tokens > 1:
+            result["decode_tok_s"] = (job.new_tokens - 1) / fmean(rest)
+        return result
+
+    return sample
+
+
+def memory() -> tuple[int, int]:
+    """Resident set now and at its peak [bytes], mapped model files included.
+
+    Linux: VmRSS and VmHWM of /proc/self/status. `ru_maxrss` is not used there: it survives exec, so a worker that
+    was started by a large process would report that process's peak.
+    """
+    with contextlib.suppress(OSError):
+        status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
+        found = {k: v for k, _, v in (line.partition(":") for line in status) if k in ("VmRSS", "VmHWM")}
+        if len(found) == 2:
+            return int(found["VmRSS"].split()[0]) * 1024, int(found["VmHWM"].split()[0]) * 1024
+    try:
+        import resource
+    except ImportError as error:
+        raise BenchError("this platform does not tell a process its own memory") from error
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return peak, peak
+
+
+def _protected_stdout() -> IO[str]:
+    """A private copy of stdout for the answers; whatever native libraries print goes to stderr instead."""
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    return answers
+
+
+def _die_with_parent() -> None:
+    """Linux: a worker must not keep the cores busy when the harness was killed."""
+    if sys.platform == "linux":
+        import ctypes
+
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1 = PR_SET_PDEATHSIG
+
+
+if __name__ == "__main__":
+    sys.exit(main())

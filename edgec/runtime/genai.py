@@ -1,0 +1,139 @@
+"""Causal LMs on onnxruntime-genai: the folder that its mobile and desktop applications load.
+
+Only the runtime is imported: `onnxruntime_genai.models` (the builder) needs torch and belongs to the export.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgec.errors import CheckpointError, UsageError
+from edgec.runtime.interfaces import CAUSAL_LM, Floats, Ids, Piece
+from edgec.runtime.layout import inside, read_json, whole_number
+from edgec.runtime.options import RuntimeOptions, genai_overlay, import_genai
+
+PLUGIN = True
+_SAMPLING = frozenset({"temperature", "top_k", "top_p", "repetition_penalty", "random_seed"})
+
+
+def claims(folder: Path) -> bool:
+    return (folder / "genai_config.json").is_file()
+
+
+def prepare() -> dict[str, str]:
+    return {"onnxruntime-genai": str(import_genai().__version__), "onnxruntime": metadata.version("onnxruntime")}
+
+
+def load(folder: Path, options: RuntimeOptions) -> GenaiModel:
+    return GenaiModel(folder, options)
+
+
+class GenaiModel:
+    """A generator with its tokenizer. Token ids are Python ints; logits are float32."""
+
+    task = CAUSAL_LM
+    runtime = "onnxruntime-genai"
+
+    def __init__(self, folder: Path | str, options: RuntimeOptions | None = None) -> None:
+        """Loads `folder`. Raises CheckpointError for missing or contradicting files, RuntimeUnavailableError."""
+        self.folder = Path(folder)
+        config_path = self.folder / "genai_config.json"
+        model = read_json(config_path).get("model")
+        decoder = model.get("decoder") if isinstance(model, dict) else None
+        if not isinstance(model, dict) or not isinstance(decoder, dict):
+            raise CheckpointError(f"{config_path} has no model.decoder; it is not a decoder that edgec can run")
+        self.vocab_size = whole_number(model, "vocab_size", config_path)
+        self.context_length = whole_number(model, "context_length", config_path)
+        inside(self.folder, decoder.get("filename", "model.onnx"), config_path)
+        self._og = import_genai()
+        try:
+            config = self._og.Config(str(self.folder))
+            config.overlay(json.dumps(genai_overlay(options or RuntimeOptions())))
+            self._model = self._og.Model(config)
+            self._tokenizer = self._og.Tokenizer(self._model)
+        except Exception as error:  # the binding raises RuntimeError and friends for every kind of bad file
+            raise CheckpointError(f"onnxruntime-genai cannot load {self.folder}: {error}") from error
+
+    def encode(self, text: str) -> list[int]:
+        return [int(t) for t in self._tokenizer.encode(text)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return str(self._tokenizer.decode(np.asarray(ids, dtype=np.int32)))
+
+    def generate(
+        self, prompt: str | Sequence[int], max_new_tokens: int = 128, greedy: bool = True, **sampling: Any
+    ) -> Iterator[Piece]:
+        """Streams the continuation of a text or of token ids.
+
+        sampling: temperature, top_k, top_p, repetition_penalty, random_seed; only read when `greedy` is False.
+        """
+        if unknown := sorted(set(sampling) - _SAMPLING):
+            raise UsageError(f"unknown sampling option {unknown[0]!r}; known: {', '.join(sorted(_SAMPLING))}")
+        ids = self.encode(prompt) if isinstance(prompt, str) else [int(i) for i in prompt]
+        self._check(ids, 1)
+        total = min(len(ids) + max_new_tokens, self.context_length)
+        options: dict[str, Any] = {"do_sample": False} if greedy else {"do_sample": True, **sampling}
+        return self._stream(ids, total, options)
+
+    def _stream(self, ids: list[int], total: int, options: dict[str, Any]) -> Iterator[Piece]:
+        stream = self._tokenizer.create_stream()
+        ends = {int(t) for t in self._tokenizer.eos_token_ids}
+        generator = self._generator(total, **options)
+        generator.append_tokens(np.asarray(ids, dtype=np.int32))
+        while not generator.is_done():
+            generator.generate_next_token()
+            token = int(generator.get_next_tokens()[0])
+            if token in ends:
+                return
+            yield Piece(token, str(stream.decode(token)))
+
+    def forced(self, ids: Sequence[int], new_tokens: int) -> Iterator[int]:
+        """Exactly `new_tokens` greedy tokens after `ids`; a minimum length masks the end of text.
+
+        The first token comes after the prefill, each other after one decode step. The KV cache is allocated for
+        exactly len(ids) + new_tokens positions, inside the first step.
+        """
+        ids = [int(i) for i in ids]
+        self._check(ids, new_tokens)
+        total = len(ids) + new_tokens
+        generator = self._generator(total, do_sample=False, min_length=total)
+        generator.append_tokens(np.asarray(ids, dtype=np.int32))
+        for _ in range(new_tokens):
+            generator.generate_next_token()
+            yield int(generator.get_next_tokens()[0])
+
+    def logits(self, ids: Ids) -> Floats:
+        """Token ids [1, T] or [T] → logits [T, V] float32 of every position, in one prefill."""
+        flat = np.asarray(ids).reshape(-1)
+        self._check([int(i) for i in flat], 1)
+        generator = self._generator(len(flat) + 1, do_sample=False)
+        generator.append_tokens(flat.astype(np.int32))
+        result: Floats = np.asarray(generator.get_output("logits"), dtype=np.float32)[0]
+        if result.shape[0] != len(flat):
+            raise CheckpointError(
+                f"{self.folder} returns logits of {result.shape[0]} of {len(flat)} positions (its head is pruned); "
+                "export it without prune_lm_head to evaluate it"
+            )
+        return result
+
+    def _generator(self, total: int, **options: Any) -> Any:
+        params = self._og.GeneratorParams(self._model)
+        params.set_search_options(max_length=total, batch_size=1, **options)
+        return self._og.Generator(self._model, params)
+
+    def _check(self, ids: Sequence[int], new_tokens: int) -> None:
+        """Refuses what the runtime would answer with a crash or with garbage."""
+        if not ids:
+            raise UsageError("the prompt is empty; give at least one token")
+        if new_tokens < 1 or len(ids) + new_tokens > self.context_length:
+            raise UsageError(
+                f"{len(ids)} prompt tokens and {new_tokens} new ones do not fit the context of {self.context_length}"
+            )
+        if bad := [i for i in ids if not 0 <= i < self.vocab_size]:
+            raise UsageError(f"token id {bad[0]} is outside the vocabulary of {self.vocab_size}")

@@ -1,0 +1,49 @@
+"""Reading an artifact folder without trusting it: capped JSON, and paths that stay inside."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from edgec import limits
+from edgec.errors import CheckpointError
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file. Raises CheckpointError for a missing, oversized or malformed one."""
+    try:
+        size = path.stat().st_size
+        if size > limits.MAX_JSON_BYTES:
+            raise CheckpointError(f"{path} has {size} bytes; at most {limits.MAX_JSON_BYTES} are read")
+        value = json.loads(path.read_bytes())
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} must hold a JSON object, not a {type(value).__name__}")
+    return value
+
+
+def optional_json(path: Path) -> dict[str, Any]:
+    """The same, {} when the file does not exist."""
+    return read_json(path) if path.is_file() else {}
+
+
+def inside(folder: Path, name: Any, source: Path) -> Path:
+    """`folder/name` for a name that `source` gave. Raises CheckpointError when it leaves the folder or is missing."""
+    path = folder / str(name)
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise CheckpointError(f"{source} names the file {name!r}, which lies outside {folder}")
+    if not path.is_file():
+        raise CheckpointError(f"{source} names the file {name!r}, which is not in {folder}")
+    return path
+
+
+def whole_number(record: dict[str, Any], key: str, source: Path, low: int = 1, high: int = limits.MAX_DIMENSION) -> int:
+    """An integer of a config within its bounds. Raises CheckpointError."""
+    value = record.get(key)
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise CheckpointError(f"{source}: {key} must be a whole number between {low} and {high}, got {value!r}")
+    return value

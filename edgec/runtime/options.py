@@ -1,0 +1,109 @@
+"""How sessions use the machine: one place, so that two contestants never differ by accident.
+
+Threads: onnxruntime and onnxruntime-genai choose differently by default (all physical cores; at most 16), so the
+count is always set. Spinning: by default onnxruntime's idle threads spin for a while after each run, which steals
+cores from the application; here they spin within a run (a decode step is many short kernels, and waking a thread
+costs as much as one) and stop when it ends. Telemetry: both runtimes can send usage events; edgec turns it off.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from edgec.errors import RuntimeUnavailableError, UsageError
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+Spin = Literal["run", "never", "always"]
+
+_SPIN_ENTRIES: dict[str, dict[str, str]] = {
+    "run": {"session.intra_op.allow_spinning": "1", "session.force_spinning_stop": "1"},
+    "never": {"session.intra_op.allow_spinning": "0"},
+    "always": {"session.intra_op.allow_spinning": "1"},
+}
+MAX_THREADS = 1024
+
+
+@dataclass(frozen=True)
+class RuntimeOptions:
+    """threads: of one operator; 0 means all physical cores that this process may use. spin: when idle threads spin."""
+
+    threads: int = 0
+    spin: Spin = "run"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.threads <= MAX_THREADS:
+            raise UsageError(f"threads must be between 0 (all physical cores) and {MAX_THREADS}, got {self.threads}")
+        if self.spin not in _SPIN_ENTRIES:
+            raise UsageError(f"spin must be one of {', '.join(_SPIN_ENTRIES)}, got {self.spin!r}")
+
+    def thread_count(self) -> int:
+        return self.threads or physical_cores()
+
+    def config_entries(self) -> dict[str, str]:
+        """Session config entries, by onnxruntime's names."""
+        return {"session.inter_op.allow_spinning": "0", **_SPIN_ENTRIES[self.spin]}
+
+
+def physical_cores() -> int:
+    """Physical cores that this process may run on; hyper-threads share one matrix unit, so they do not count."""
+    allowed = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    if sys.platform == "linux":
+        siblings = {_core_of(cpu) for cpu in allowed}
+        return max(1, len(siblings))
+    return max(1, len(allowed) or os.cpu_count() or 1)
+
+
+def _core_of(cpu: int) -> str:
+    """The hyper-threads that share `cpu`'s core, as the kernel lists them; the cpu itself where it does not say."""
+    try:
+        return Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text().strip() or str(cpu)
+    except OSError:
+        return str(cpu)
+
+
+def import_onnxruntime() -> Any:
+    """The onnxruntime module with telemetry off. Raises RuntimeUnavailableError."""
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise RuntimeUnavailableError(f"onnxruntime cannot be imported ({error}); pip install onnxruntime") from error
+    onnxruntime.disable_telemetry_events()
+    return onnxruntime
+
+
+def import_genai() -> Any:
+    """The onnxruntime_genai module with telemetry off. Raises RuntimeUnavailableError."""
+    try:
+        import onnxruntime_genai
+    except ImportError as error:
+        raise RuntimeUnavailableError(
+            f"onnxruntime-genai cannot be imported ({error}); pip install onnxruntime-genai"
+        ) from error
+    if hasattr(onnxruntime_genai, "disable_telemetry_events"):
+        onnxruntime_genai.disable_telemetry_events()
+    return onnxruntime_genai
+
+
+def session_options(options: RuntimeOptions) -> onnxruntime.SessionOptions:
+    """onnxruntime options: sequential, threads fixed, errors only in the log."""
+    ort = import_onnxruntime()
+    result = ort.SessionOptions()
+    result.intra_op_num_threads = options.thread_count()
+    result.inter_op_num_threads = 1
+    result.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
+    result.log_severity_level = 3
+    for key, value in options.config_entries().items():
+        result.add_session_config_entry(key, value)
+    return result
+
+
+def genai_overlay(options: RuntimeOptions) -> dict[str, Any]:
+    """The same for onnxruntime-genai, as an overlay of genai_config.json (unknown strings become config entries)."""
+    session = {"intra_op_num_threads": options.thread_count(), "inter_op_num_threads": 1, **options.config_entries()}
+    return {"model": {"decoder": {"session_options": session}}}

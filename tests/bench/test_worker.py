@@ -1,0 +1,94 @@
+"""The worker as devices run it: a process, from the few files that are copied there."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import edgec
+from edgec.bench.devices import WORKER_FILES
+from edgec.bench.devices.local import worker_environment
+from edgec.bench.jobs import Answers, Job
+from edgec.bench.text import sentences
+from edgec.subprocesses import Finished, run
+
+WORKER = [sys.executable, "-P", "-m", "edgec.bench.worker"]
+
+
+def work(job: Job, **options: Any) -> tuple[Answers, Finished]:
+    answers = Answers()
+    settings = {"env": worker_environment(1), "timeout_s": 60, **options}
+    return answers, run(WORKER, stdin=job.to_json(), on_line=lambda line: answers.take(line, job), **settings)
+
+
+def encoder_job(folder: Path, **changes: Any) -> Job:
+    settings = {"threads": 1, "samples": 2, "min_sample_s": 0.0, "sentences": sentences(3, 4), **changes}
+    return Job(folder=str(folder), task="encoder", **settings)
+
+
+def test_an_encoder_is_measured(encoder_folder: Path) -> None:
+    answers, finished = work(encoder_job(encoder_folder))
+    assert finished.ok and answers.done, (answers, finished)
+    assert len(answers.samples) == 2 and set(answers.samples[0]) == {"items_s", "item_ms"}
+    assert answers.peak_rss_bytes and answers.runtime_rss_bytes and answers.load_s
+    assert answers.peak_rss_bytes >= answers.runtime_rss_bytes > 1 << 20
+    assert "onnxruntime" in answers.facts and answers.facts["sentence_tokens"]
+
+
+def test_a_causal_lm_is_measured(lm_folder: Path) -> None:
+    job = Job(str(lm_folder), "causal-lm", threads=1, samples=1, min_sample_s=0.0, prompt_tokens=16, new_tokens=4)
+    answers, finished = work(job)
+    assert finished.ok and answers.done, (answers, finished)
+    assert set(answers.samples[0]) == {"ttft_ms", "prefill_tok_s", "decode_tok_s"}
+
+
+def test_it_runs_from_the_files_that_are_copied_to_a_device(encoder_folder: Path, tmp_path: Path) -> None:
+    source, target = Path(edgec.__file__).parent, tmp_path / "device" / "edgec"
+    target.mkdir(parents=True)
+    (target / "__init__.py").write_text("")
+    for name in WORKER_FILES:
+        (target / name).parent.mkdir(exist_ok=True)
+        copy = shutil.copytree if (source / name).is_dir() else shutil.copyfile
+        copy(source / name, target / name)
+    environment = {**worker_environment(1), "PYTHONPATH": str(target.parent)}
+    where = run([sys.executable, "-P", "-c", "import edgec; print(edgec.__file__)"], env=environment, timeout_s=60)
+    assert where.stdout.decode().strip() == str(target / "__init__.py")
+    answers, finished = work(encoder_job(encoder_folder), env=environment, cwd=target.parent)
+    assert finished.ok and answers.done, (answers, finished)
+
+
+def test_its_peak_memory_is_its_own_and_not_its_parents(encoder_folder: Path) -> None:
+    ballast = b"x" * (1 << 28)  # resident here, and more than a worker with a tiny model ever needs
+    answers, _ = work(encoder_job(encoder_folder))
+    assert answers.peak_rss_bytes and answers.peak_rss_bytes < len(ballast)
+
+
+def test_failures_are_answers_too(tmp_path: Path, encoder_folder: Path) -> None:
+    answers, finished = work(encoder_job(tmp_path / "missing"))
+    assert finished.returncode == 1 and "missing" in answers.error and not answers.done
+    answers, _ = work(Job(str(encoder_folder), "causal-lm", threads=1))
+    assert "not for causal-lm" in answers.error
+    answers, _ = work(encoder_job(encoder_folder, sentences=()))
+    assert "sentences" in answers.error
+
+
+def test_a_malformed_job_is_an_answer() -> None:
+    done = run(WORKER, stdin=b"{", env=worker_environment(1), timeout_s=60)
+    assert done.returncode == 1 and json.loads(done.stdout)["event"] == "error"
+
+
+def test_what_libraries_print_does_not_reach_the_answers(encoder_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        "import edgec.runtime.ort_encoder as e\nold = e.prepare\n"
+        "def prepare():\n    print('noise from python', flush=True)\n    import os; os.write(1, b'native noise\\n')\n"
+        "    return old()\ne.prepare = prepare\n"
+    )
+    environment = worker_environment(1)
+    environment["PYTHONPATH"] += os.pathsep + str(tmp_path)
+    answers, finished = work(encoder_job(encoder_folder), env=environment)
+    assert finished.ok and answers.done, (answers, finished)
+    assert b"noise from python" in finished.stderr and b"native noise" in finished.stderr
