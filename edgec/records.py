@@ -95,6 +95,27 @@ class Plan:
 
 
 @dataclass(frozen=True)
+class Target:
+    """What one runtime on one kind of hardware executes fast; a plan offers nothing else.
+
+    dense_formats, factored_formats, embedding_formats: core formats by role, best quality first; default_format what a uniform plan
+    uses when it names none. rank_multiple: bond dimensions are multiples of it. k_multiple: a quantised matmul's inner dimension
+    must be a multiple of it (1: any). accuracy_level: MatMulNBits attribute; 4 computes in int8.
+    """
+
+    name: str
+    description: str
+    dense_formats: tuple[str, ...]
+    factored_formats: tuple[str, ...]
+    embedding_formats: tuple[str, ...]
+    default_format: str
+    default_budget: str
+    rank_multiple: int = 32
+    k_multiple: int = 1
+    accuracy_level: int = 4
+
+
+@dataclass(frozen=True)
 class Spread:
     """A median with its spread: `value` the median, `low` and `high` the quartiles, `n` the samples."""
 

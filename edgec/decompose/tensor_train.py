@@ -110,7 +110,7 @@ def factorize(weight: Array, spec: Spec, moment: SecondMoment | None, finish: Fi
         s = i * ranks[k]
         left_in = math.prod(m[1] for m in spec.modes[: k - 1])
         m = remainder.reshape(-1, o, left_in, s)
-        core = _bond(m, h, ranks[k - 1])
+        core = _FIRST_BOND.get(weight, moment, m, h, ranks[k - 1]) if k == len(spec.modes) else _bond(m, h, ranks[k - 1])
         core = core.transpose(1, 0, 2).reshape(o * ranks[k - 1], s)
         seen = np.asarray(finish(f"core{k}", core, _marginal(h, left_in, s)), dtype=remainder.dtype)
         remainder, h = _refit(m, h, seen.reshape(o, ranks[k - 1], s))
@@ -153,6 +153,26 @@ def _bond(m: Array, h: Array | None, rank: int) -> Array:
     rows = left_vectors.T @ plain.transpose(0, 2, 1, 3).reshape(outs * left, o * s)
     rows /= np.maximum(sizes, sizes.max(initial=0.0) * 1e-7 + 1e-30)[:, None]
     return np.asarray(rows.reshape(rank, o, s))
+
+
+class _FirstBond:
+    """Remembers the full first bond of the last weight: scoring tries one weight at many ranks and formats, and the leading rows of one
+    decomposition serve them all. Keyed by identity, holding what it is keyed by."""
+
+    def __init__(self) -> None:
+        self._key: tuple[Any, ...] = ()
+        self._full: Array | None = None
+
+    def get(self, weight: Array, moment: SecondMoment | None, m: Array, h: Array | None, rank: int) -> Array:
+        same = len(self._key) == 3 and self._key[0] is weight and self._key[1] is moment and self._key[2] == m.shape
+        if not same or self._full is None:
+            outs, o, left, s = m.shape
+            self._full = _bond(m, h, min(outs * left, o * s))
+            self._key = (weight, moment, m.shape)
+        return self._full[:rank]
+
+
+_FIRST_BOND = _FirstBond()
 
 
 def _left_singular(matrix: Array, rank: int) -> tuple[Array, Array]:

@@ -1,0 +1,194 @@
+"""Text for calibrating, healing and validating: three disjoint splits, by hash, of one source.
+
+The default source is `pydoc_data.topics`: half a megabyte of English technical prose that ships with every Python, so that a default
+needs neither network nor committed data. Causal LMs add text sampled from the dense model itself, which is the distribution
+that their divergence is measured on. A user's own `--calibration FILE` replaces both.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from edgec import limits
+from edgec.checkpoint import Checkpoint, parse_json
+from edgec.errors import CalibrationError, CheckpointError
+from edgec.modeling import ENCODER_TASK, quiet_transformers
+
+SPLITS = ("calibrate", "heal", "validate")
+_SHARES = (0.6, 0.2)  # calibrate, heal; the rest validates
+
+ENCODER_LENGTH = 128
+"""Longest sentence an encoder is calibrated on [tokens]."""
+DECODER_LENGTH = 256
+"""Window a causal LM is calibrated on [tokens]."""
+BATCH_TOKENS = 4096
+"""Tokens per forward pass: bounds the memory of activations [tokens]."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """Items of text in a stable order. origin: what a report prints."""
+
+    origin: str
+    items: tuple[str, ...]
+
+    def split(self, name: str) -> Text:
+        """One of SPLITS: an item's SHA-256 decides, so adding text never moves an item from one split to another."""
+        low = sum(_SHARES[: SPLITS.index(name)])
+        high = low + (_SHARES[SPLITS.index(name)] if name != "validate" else 1.0)
+        chosen = tuple(t for t in self.items if low <= _place(t) < high)
+        return Text(f"{self.origin}, {name} split", chosen)
+
+
+def _place(item: str) -> float:
+    return int.from_bytes(hashlib.sha256(item.encode()).digest()[:6], "big") / (1 << 48)
+
+
+def load_text(file: Path | None = None) -> Text:
+    """A .txt file (paragraphs, or lines where there are no blank lines) or .jsonl file (strings, or objects with "text");
+    without one, the default text. Raises CalibrationError."""
+    if file is None:
+        topics: Mapping[str, str] = importlib.import_module("pydoc_data.topics").topics
+        paragraphs = (p for name in sorted(topics) for p in topics[name].split("\n\n"))
+        return Text("pydoc_data.topics", _clean(paragraphs))
+    try:
+        if file.stat().st_size > limits.MAX_CALIBRATION_BYTES:
+            raise CalibrationError(f"{file}: larger than {limits.MAX_CALIBRATION_BYTES // 1_000_000} MB; a sample is enough")
+        content = file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise CalibrationError(f"{file}: cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise CalibrationError(f"{file}: not UTF-8 (byte {error.start})") from error
+    if file.suffix == ".jsonl":
+        return Text(file.name, tuple(_jsonl(file, content)))
+    blank_lines = "\n\n" in content
+    return Text(file.name, _clean(content.split("\n\n" if blank_lines else "\n"), keep_lines=True))
+
+
+def _jsonl(file: Path, content: str) -> Sequence[str]:
+    items = []
+    for number, line in enumerate(content.splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            entry = parse_json(line, f"{file}:{number}")
+        except CheckpointError as error:
+            raise CalibrationError(str(error)) from error
+        text = entry.get("text") if isinstance(entry, dict) else entry
+        if not isinstance(text, str):
+            raise CalibrationError(f'{file}:{number}: expected a string or an object with "text"')
+        items.append(text)
+    return items
+
+
+def _clean(items: Any, keep_lines: bool = False) -> tuple[str, ...]:
+    tidy = (item.strip("\n") if keep_lines else re.sub(r"\s+", " ", item).strip() for item in items)
+    return tuple(dict.fromkeys(item for item in tidy if len(item.strip()) >= 20 or (keep_lines and item.strip())))
+
+
+def load_tokenizer(checkpoint: Checkpoint) -> Any:
+    """The folder's own tokenizer, from its JSON files; remote code is never run. Raises CheckpointError."""
+    try:
+        with quiet_transformers():
+            return transformers.AutoTokenizer.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"{checkpoint.folder}: no tokenizer that loads from its JSON files ({reason})") from error
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Token batches: each a dict of int64 tensors input_ids and attention_mask [B, T]."""
+
+    origin: str
+    items: tuple[dict[str, Tensor], ...]
+
+    @property
+    def tokens(self) -> int:
+        return int(sum(int(b["attention_mask"].sum()) for b in self.items))
+
+
+def tokenize(text: Text, tokenizer: Any, task: str, max_tokens: int, *, minimum: int = limits.MIN_CALIBRATION_TOKENS) -> Batches:
+    """Encoders: items padded into batches of similar length. Causal LMs: items joined and cut into windows.
+
+    At most about max_tokens tokens. Raises CalibrationError when fewer than `minimum` come out.
+    """
+    ids = _encoder_ids(text, tokenizer, max_tokens) if task == ENCODER_TASK else _windows(text, tokenizer, max_tokens)
+    batches = Batches(text.origin, tuple(pad(group) for group in _grouped(ids)))
+    if batches.tokens < minimum:
+        raise CalibrationError(
+            f"{text.origin}: {batches.tokens} tokens; at least {minimum} are needed for statistics that mean something. "
+            "Give more text with --calibration"
+        )
+    return batches
+
+
+def _encoder_ids(text: Text, tokenizer: Any, max_tokens: int) -> list[list[int]]:
+    chosen, total = [], 0
+    for item in text.items:
+        ids = tokenizer(item, truncation=True, max_length=ENCODER_LENGTH)["input_ids"]
+        chosen.append(ids)
+        total += len(ids)
+        if total >= max_tokens:
+            break
+    return sorted(chosen, key=len)
+
+
+def _windows(text: Text, tokenizer: Any, max_tokens: int) -> list[list[int]]:
+    stream: list[int] = []
+    for item in text.items:
+        stream += tokenizer(item + "\n\n")["input_ids"]
+        if len(stream) >= max_tokens:
+            break
+    full = len(stream) // DECODER_LENGTH
+    windows = [stream[i * DECODER_LENGTH : (i + 1) * DECODER_LENGTH] for i in range(full)]
+    return windows or ([stream] if stream else [])
+
+
+def _grouped(ids: list[list[int]]) -> list[list[list[int]]]:
+    groups: list[list[list[int]]] = []
+    for row in ids:
+        if not groups or (len(groups[-1]) + 1) * max(len(row), len(groups[-1][0])) > BATCH_TOKENS:
+            groups.append([])
+        groups[-1].append(row)
+    return groups
+
+
+def pad(rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+    """Rows of token ids → input_ids and attention_mask [B, T], padded on the right with id 0 (masked)."""
+    width = max(len(row) for row in rows)
+    ids = torch.zeros(len(rows), width, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = torch.tensor(row)
+        mask[i, : len(row)] = 1
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def self_sampled(model: transformers.PreTrainedModel, tokens: int, seed: int = 0) -> Batches:
+    """Windows drawn from the causal LM itself at temperature 1, starting from its BOS (or token 0): int64 [B, DECODER_LENGTH]."""
+    length = min(DECODER_LENGTH, int(getattr(model.config, "max_position_embeddings", DECODER_LENGTH)))
+    rows = max(1, tokens // length)
+    start = getattr(model.config, "bos_token_id", None) or 0
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.full((rows, 1), int(start), dtype=torch.int64)
+    cache, step = None, ids
+    with torch.no_grad():
+        while ids.shape[1] < length:
+            out = model(input_ids=step, past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            step = torch.multinomial(out.logits[:, -1].float().softmax(-1), 1, generator=generator)
+            ids = torch.cat([ids, step], dim=1)
+    per_batch = max(1, BATCH_TOKENS // length)
+    items = tuple({"input_ids": part, "attention_mask": torch.ones_like(part)} for part in ids.split(per_batch))
+    return Batches("text sampled from the dense model", items)

@@ -1,0 +1,179 @@
+"""The ONNX lowering of a contraction: replace a dense node by MatMul / MatMulNBits / GatherBlockQuantized and plain rearrangement.
+
+A pass over a `DenseGraph`. Requires: every planned layer's node is in the graph, its weight an initializer. Ensures: the node is gone, its
+dense weight too (unless another node still reads it), its output carries the same name and shape. The dense graph is consumed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from edgec.contraction import Gather, run
+from edgec.errors import ExportError
+from edgec.export.onnx.graph import DenseGraph
+from edgec.fit import Core, Factors
+from edgec.quantize.formats import QuantizedTensor
+
+MICROSOFT = "com.microsoft"
+
+
+class OnnxOps:
+    """`edgec.contraction.Ops` that emits nodes. Values have `leading` axes that no step touches, then the trailing ones."""
+
+    def __init__(self, prefix: str, cores: Mapping[str, Core], leading: int, accuracy_level: int) -> None:
+        self.prefix, self.cores, self.leading, self.accuracy_level = prefix, cores, leading, accuracy_level
+        self.nodes: list[ir.Node] = []
+        self.initializers: list[ir.Value] = []
+
+    def reshape(self, x: ir.Value, shape: tuple[int, ...], trailing: int) -> ir.Value:
+        # 0 copies the axis of the input, so batch and sequence stay dynamic.
+        target = self._constant(f"shape{len(self.nodes)}", np.array([0] * self.leading + list(shape), np.int64))
+        return self._node("Reshape", [x, target])
+
+    def transpose(self, x: ir.Value, perm: tuple[int, ...]) -> ir.Value:
+        full = [*range(self.leading), *(self.leading + p for p in perm)]
+        return self._node("Transpose", [x], perm=full)
+
+    def matmul(self, x: ir.Value, core: str) -> ir.Value:
+        stored = self.cores[core]
+        if not isinstance(stored, QuantizedTensor):
+            # Stored [in, out] so that the runtime multiplies without transposing; fp16 is cast once, when the session is created.
+            return self._node("MatMul", [x, self._float(core, np.ascontiguousarray(stored.T))], name=core)
+        n, k = stored.shape
+        inputs = [x, self._constant(core + ".codes", stored.packed()), self._float(core + ".scales", stored.scales)]
+        if (zero_points := stored.packed_zero_points()) is not None:
+            inputs.append(self._constant(core + ".zero_points", zero_points))
+        return self._node(
+            "MatMulNBits",
+            inputs,
+            domain=MICROSOFT,
+            name=core,
+            K=k,
+            N=n,
+            bits=stored.fmt.bits,
+            block_size=stored.fmt.block,
+            accuracy_level=self.accuracy_level,
+        )
+
+    def block_matmul(self, x: ir.Value, core: str) -> ir.Value:
+        blocks = self._plain(core)
+        g, b, _ = blocks.shape
+        split = self.reshape(x, (g, 1, b), 1)
+        product = self._node("MatMul", [split, self._float(core, np.ascontiguousarray(blocks.transpose(0, 2, 1)))], name=core)
+        return self.reshape(product, (g * b,), 3)
+
+    def scale(self, x: ir.Value, core: str) -> ir.Value:
+        return self._node("Mul", [x, self._float(core, self._plain(core))], name=core)
+
+    def reduce_sum(self, x: ir.Value, axis: int, trailing: int) -> ir.Value:
+        axes = self._constant(f"axes{len(self.nodes)}", np.array([self.leading + axis], np.int64))
+        return self._node("ReduceSum", [x, axes], keepdims=0)
+
+    def gather(self, ids: ir.Value, core: str) -> ir.Value:
+        stored = self.cores[core]
+        if not isinstance(stored, QuantizedTensor):
+            return self._node("Gather", [self._float(core, stored), ids], name=core, axis=0)
+        v, n = stored.shape
+        if n % stored.fmt.block:
+            raise ExportError(f"{self.prefix}: rows of {n} do not divide into blocks of {stored.fmt.block}")
+        data = self._constant(core + ".codes", stored.packed().reshape(v, -1))
+        inputs = [data, ids, self._float(core + ".scales", stored.scales)]
+        return self._node(
+            "GatherBlockQuantized",
+            inputs,
+            domain=MICROSOFT,
+            name=core,
+            gather_axis=0,
+            quantize_axis=1,
+            bits=stored.fmt.bits,
+            block_size=stored.fmt.block,
+        )
+
+    def add(self, x: ir.Value, y: ir.Value) -> ir.Value:
+        return self._node("Add", [x, y])
+
+    def _plain(self, core: str) -> NDArray[Any]:
+        stored = self.cores[core]
+        if isinstance(stored, QuantizedTensor):
+            raise ExportError(f"{self.prefix}: core {core!r} is quantised, but no kernel takes it so")
+        return stored
+
+    def _float(self, name: str, array: NDArray[Any]) -> ir.Value:
+        """An fp32 value; stored as it is, behind a Cast where it is stored as fp16."""
+        value = self._constant(name, array)
+        return value if array.dtype == np.float32 else self._node("Cast", [value], to=ir.DataType.FLOAT)
+
+    def _constant(self, name: str, array: NDArray[Any]) -> ir.Value:
+        full = f"{self.prefix}/{name}"
+        value = ir.Value(name=full, const_value=ir.Tensor(np.ascontiguousarray(array), name=full))
+        assert value.const_value is not None
+        value.shape, value.dtype = ir.Shape(array.shape), value.const_value.dtype
+        self.initializers.append(value)
+        return value
+
+    def _node(self, op: str, inputs: list[ir.Value], *, domain: str = "", name: str = "", **attributes: Any) -> ir.Value:
+        title = f"{self.prefix}/{name or f'step{len(self.nodes)}'}/{op}"
+        node = ir.node(op, inputs, attributes=attributes, domain=domain, name=title)
+        output = node.outputs[0]
+        output.name, output.dtype = f"{title}/output_0", ir.DataType.FLOAT
+        self.nodes.append(node)
+        return output
+
+
+def lower(graph: DenseGraph, factors: Mapping[str, Factors], *, accuracy_level: int) -> None:
+    """Replace every layer in `factors` in place. Raises ExportError naming a layer that the graph does not have."""
+    model = graph.model.graph
+    for name, fitted in factors.items():
+        lookup = isinstance(fitted.contraction.steps[0], Gather)
+        node = (graph.embeddings if lookup else graph.linears).get(name)
+        if node is None:
+            raise ExportError(f"lowering: layer {name!r} is in the plan, but no node of the graph computes it")
+        _replace(model, node, name, fitted, lookup, accuracy_level)
+    _drop_unused(model)
+    if graph.model.opset_imports.get(MICROSOFT) is None:
+        graph.model.opset_imports[MICROSOFT] = 1
+
+
+def _replace(model: ir.Graph, node: ir.Node, name: str, fitted: Factors, lookup: bool, accuracy_level: int) -> None:
+    x = node.inputs[1 if lookup else 0]
+    old = node.outputs[0]
+    if x is None:
+        raise ExportError(f"lowering: the node of layer {name!r} has no input")
+    leading = _leading(x, lookup, name)
+    ops = OnnxOps(name, fitted.cores, leading, accuracy_level)
+    contraction = fitted.contraction
+    y = run(contraction.steps, ops, x, () if lookup else (contraction.in_features,))
+    for value in ops.initializers:
+        model.register_initializer(value)
+    model.insert_before(node, ops.nodes)
+    y.name, y.shape, y.type = old.name, old.shape, old.type
+    ir.convenience.replace_all_uses_with(old, y, replace_graph_outputs=True)
+    old.name = f"{old.name}/dense"
+    model.remove(node, safe=True)
+
+
+def _leading(x: ir.Value, lookup: bool, name: str) -> int:
+    """How many leading axes x has; the graph's shape inference knows, and 3-D activations are the rule where it does not."""
+    if x.shape is not None:
+        return len(x.shape) if lookup else len(x.shape) - 1
+    return 2
+
+
+def _drop_unused(model: ir.Graph) -> None:
+    """Remove nodes and initializers that nothing reads any more (a dense weight behind its Transpose, say)."""
+    outputs = {id(v) for v in model.outputs}
+    changed = True
+    while changed:
+        changed = False
+        for node in list(reversed(list(model))):
+            if all(not out.uses() and id(out) not in outputs for out in node.outputs):
+                model.remove(node, safe=True)
+                changed = True
+    for name, value in list(model.initializers.items()):
+        if not value.uses() and id(value) not in outputs:
+            del model.initializers[name]

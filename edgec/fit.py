@@ -1,0 +1,123 @@
+"""One layer, one choice: factorize the weight, quantise every core, keep the result as `Factors`.
+
+`decompose` knows nothing of quantization and `quantize` nothing of layers; this is where they meet, below every room that
+needs a fitted layer (profile to score candidates, compress to apply a plan).
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgec import decompose
+from edgec.contraction import Contraction, Gather, core_shapes, dense, quantisable
+from edgec.errors import PlanError
+from edgec.moments import SecondMoment
+from edgec.quantize import gptq, rtn
+from edgec.quantize.formats import CoreFormat, QuantizedTensor
+from edgec.records import Spec
+
+Core = NDArray[Any] | QuantizedTensor
+
+
+@dataclass(frozen=True, eq=False)
+class Factors:
+    """A fitted layer: its contraction and every core, as stored (floats in their dtype, or quantised)."""
+
+    contraction: Contraction
+    cores: Mapping[str, Core]
+
+    @cached_property
+    def stored_bytes(self) -> int:
+        """Bytes of all cores as they ship."""
+        return sum(c.stored_bytes if isinstance(c, QuantizedTensor) else c.nbytes for c in self.cores.values())
+
+    def values(self) -> dict[str, NDArray[np.float32]]:
+        """Every core as float32 numbers, as a runtime will see them."""
+        return {
+            name: core.dequantize() if isinstance(core, QuantizedTensor) else core.astype(np.float32)
+            for name, core in self.cores.items()
+        }
+
+    def dense(self) -> NDArray[np.float32]:
+        """The matrix [out, in] (or table [v, n]) that the factors stand for: for scoring, never for running."""
+        return np.asarray(dense(self.contraction, self.values()), dtype=np.float32)
+
+
+def contraction_of(spec: Spec, shape: tuple[int, int], role: str) -> Contraction:
+    """The contraction of a spec for a layer of `shape` (out, in); of a table (v, n) when the role is "embedding"."""
+    if role == "embedding":
+        if spec.kind != "dense":
+            raise PlanError(f"an embedding can only be dense (quantised) so far; got {spec}")
+        return Contraction(shape[1], shape[0], (Gather("weight", *shape),))
+    return decompose.get(spec.kind).contraction(spec, *shape)
+
+
+def stored_bytes(spec: Spec, shape: tuple[int, int], role: str, fmt: CoreFormat) -> int:
+    """Bytes that a choice will store, known before anything is computed."""
+    contraction = contraction_of(spec, shape, role)
+    able = quantisable(contraction)
+    return sum(_format_of(name, able, fmt).stored_bytes(s) for name, s in core_shapes(contraction).items())
+
+
+def fit(
+    weight: NDArray[Any], spec: Spec, fmt: CoreFormat, *, role: str = "linear", moment: SecondMoment | None = None
+) -> Factors:
+    """weight [out, in] (table [v, n] for an embedding) → Factors.
+
+    With a moment, the factorization is whitened by it and cores are quantised by GPTQ; without one, plain and rounded to nearest.
+    """
+    contraction = contraction_of(spec, (int(weight.shape[0]), int(weight.shape[1])), role)
+    able = quantisable(contraction)
+    cores: dict[str, Core] = {}
+
+    def finish(name: str, core: NDArray[Any], core_moment: SecondMoment | None) -> NDArray[Any]:
+        own = _format_of(name, able, fmt)
+        if own.quantised:
+            method = rtn if core_moment is None else gptq
+            cores[name] = quantised = method.quantize(core, own, core_moment)
+            return quantised.dequantize()
+        cores[name] = stored = np.ascontiguousarray(core, dtype=np.float16 if own.bits == 16 else np.float32)
+        return stored
+
+    if role == "embedding":
+        finish("weight", weight, None)
+    else:
+        decompose.get(spec.kind).factorize(weight, spec, moment, finish)
+    return Factors(contraction, cores)
+
+
+def _format_of(name: str, able: frozenset[str], fmt: CoreFormat) -> CoreFormat:
+    """Cores that no low-bit kernel takes (diagonal scales, block rotations) are kept as fp16 in a quantised layer."""
+    return fmt if name in able or not fmt.quantised else CoreFormat(16)
+
+
+class FactorCache:
+    """Fitted layers by any key, oldest dropped beyond `cap_bytes` of stored cores: one run scores, tries and ships the same ones."""
+
+    def __init__(self, cap_bytes: int = 1 << 30) -> None:
+        self.cap_bytes = cap_bytes
+        self._kept: OrderedDict[Any, Factors] = OrderedDict()
+        self._bytes = 0
+
+    def get(self, key: Any) -> Factors | None:
+        if key in self._kept:
+            self._kept.move_to_end(key)
+        return self._kept.get(key)
+
+    def put(self, key: Any, factors: Factors) -> None:
+        self._kept[key] = factors
+        self._bytes += _resident(factors)
+        while self._bytes > self.cap_bytes and len(self._kept) > 1:
+            _, dropped = self._kept.popitem(last=False)
+            self._bytes -= _resident(dropped)
+
+
+def _resident(factors: Factors) -> int:
+    return sum(c.codes.nbytes + c.scales.nbytes if isinstance(c, QuantizedTensor) else c.nbytes for c in factors.cores.values())

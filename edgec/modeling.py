@@ -1,0 +1,222 @@
+"""From a checked checkpoint to a transformers model, and from a model to the layers that a plan may replace.
+
+Task and dimensions come from optimum (TasksManager, NormalizedConfigManager), which knows how each architecture spells them;
+`_NORMALIZED_FALLBACK` is the one small table of our own, for the model types that optimum 2.3 lacks.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from optimum.exporters.tasks import TasksManager
+from optimum.utils import NormalizedConfigManager
+from optimum.utils.normalized_config import NormalizedTextConfig
+
+from edgec import limits
+from edgec.checkpoint import Checkpoint
+from edgec.errors import CheckpointError, UnsupportedModelError
+
+logger = logging.getLogger(__name__)
+
+MIN_TABLE_ROWS = 64
+"""Embedding tables with fewer rows (token types) are left alone [rows]: nothing to win."""
+
+_NORMALIZED_FALLBACK = {
+    # optimum 2.3's NormalizedConfigManager lacks these; their text configs use the common attribute names.
+    name: NormalizedTextConfig
+    for name in ("gemma2", "gemma3_text", "smollm3", "phi4", "modernbert")
+}
+
+ENCODER_TASK = "feature-extraction"
+DECODER_TASK = "text-generation"
+
+
+@dataclass(frozen=True)
+class Dimensions:
+    """Of the transformer, as optimum normalises them [counts]."""
+
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A matrix that a plan may replace. tied_to: the embedding that a head shares its table with, or None."""
+
+    name: str
+    role: str
+    shape: tuple[int, int]
+    tied_to: str | None = None
+
+
+def task_of(checkpoint: Checkpoint) -> str:
+    """optimum's task name, from the class that config.architectures names. Encoders of any head count as feature extraction."""
+    cls = _model_class(checkpoint)
+    task = str(TasksManager.infer_task_from_model(cls))
+    if task not in (ENCODER_TASK, DECODER_TASK):
+        raise UnsupportedModelError(
+            f"{checkpoint.architecture} does {task}; edgec exports {ENCODER_TASK} (encoders) and {DECODER_TASK} (causal LMs). "
+            "Save the backbone alone, for example model.bert.save_pretrained(...)"
+        )
+    return task
+
+
+def dimensions(checkpoint: Checkpoint) -> Dimensions:
+    """Raises CheckpointError when a dimension is missing, not a number, or beyond edgec.limits."""
+    config = hf_config(checkpoint)
+    kind = checkpoint.model_type
+    try:
+        normal = NormalizedConfigManager.get_normalized_config_class(kind)(config)
+    except KeyError:
+        if kind not in _NORMALIZED_FALLBACK:
+            raise UnsupportedModelError(f"{kind!r} is unknown to optimum and to edgec's fallback; cannot read its dimensions") from None
+        normal = _NORMALIZED_FALLBACK[kind](config)
+    heads = int(normal.num_attention_heads)
+    hidden = int(normal.hidden_size)
+    found = Dimensions(
+        layers=int(normal.num_layers),
+        hidden=hidden,
+        heads=heads,
+        kv_heads=int(getattr(config, "num_key_value_heads", None) or heads),
+        head_dim=int(getattr(config, "head_dim", None) or hidden // heads),
+        vocabulary=int(normal.vocab_size),
+    )
+    for name, value in vars(found).items():
+        top = limits.MAX_LAYERS if name == "layers" else limits.MAX_DIMENSION
+        if not 1 <= value <= top:
+            raise CheckpointError(f"{checkpoint.folder / 'config.json'}: {name} is {value}, expected 1 … {top}")
+    return found
+
+
+def hf_config(checkpoint: Checkpoint) -> transformers.PretrainedConfig:
+    """The transformers configuration, built from the checked JSON; code that the checkpoint names is never run."""
+    values = dict(checkpoint.config)
+    if "quantization_config" in values:
+        raise UnsupportedModelError(
+            f"{checkpoint.folder / 'config.json'}: already quantised (quantization_config); edgec compresses "
+            "full-precision checkpoints"
+        )
+    if values.pop("auto_map", None):
+        logger.warning("%s names remote code (auto_map); it is ignored", checkpoint.folder / "config.json")
+    values.pop("edgec", None)
+    kind = values.pop("model_type")
+    try:
+        with quiet_transformers():
+            return transformers.AutoConfig.for_model(kind, **values)
+    except ValueError as error:
+        raise UnsupportedModelError(f"unknown architecture {kind!r}: this transformers does not have it ({_first_line(error)})") from error
+    except (TypeError, KeyError) as error:
+        raise CheckpointError(f"{checkpoint.folder / 'config.json'}: not a valid {kind} configuration ({_first_line(error)})") from error
+
+
+def skeleton(checkpoint: Checkpoint) -> transformers.PreTrainedModel:
+    """The model without memory (meta device), its shapes checked against the checkpoint's before anything is allocated."""
+    dimensions(checkpoint)
+    cls = _model_class(checkpoint)
+    with quiet_transformers(), torch.device("meta"):
+        model = cls(hf_config(checkpoint))
+    _drop_pooler(model)
+    expected = model.state_dict()
+    prefix = f"{model.base_model_prefix}."
+    seen = set()
+    for name, info in checkpoint.tensors.items():
+        match = next((n for n in (name, prefix + name, name.removeprefix(prefix)) if n in expected), None)
+        if match is None:
+            logger.info("tensor %r of the checkpoint has no place in %s; ignored", name, type(model).__name__)
+            continue
+        seen.add(match)
+        if tuple(expected[match].shape) != info.shape:
+            raise CheckpointError(
+                f"{info.file}: tensor {name!r} is {list(info.shape)}, config.json makes it {list(expected[match].shape)}"
+            )
+    tied = set(_tied_names(model))
+    if missing := sorted(set(expected) - seen - tied):
+        raise CheckpointError(f"{checkpoint.folder}: {len(missing)} tensors are missing, first {missing[0]!r}")
+    return model
+
+
+def load_dense(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> transformers.PreTrainedModel:
+    """The dense model on the CPU, in eval mode. Raises CheckpointError where tensors are missing or of other shapes."""
+    skeleton(checkpoint)
+    cls = _model_class(checkpoint)
+    with quiet_transformers():
+        model = cls.from_pretrained(
+            checkpoint.folder,
+            config=hf_config(checkpoint),
+            dtype=dtype,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+        )
+    _drop_pooler(model)
+    model.eval()
+    model.requires_grad_(False)
+    return model
+
+
+def layers(model: transformers.PreTrainedModel) -> list[Layer]:
+    """Every matrix that a plan may replace, in module order: block linears, the head, embedding tables."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = head is not None and embedding is not None and head.weight is embedding.weight
+    names = {id(module): name for name, module in model.named_modules()}
+    found = []
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            role = "head" if module is head else "linear"
+            tied_to = names[id(embedding)] if module is head and tied else None
+            found.append(Layer(name, role, (module.out_features, module.in_features), tied_to))
+        elif isinstance(module, torch.nn.Embedding) and module.num_embeddings >= MIN_TABLE_ROWS:
+            found.append(Layer(name, "embedding", (module.num_embeddings, module.embedding_dim)))
+    return found
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """transformers' progress bars and advice, which would drown edgec's own; its warnings go to logging."""
+    progress, level = transformers.utils.logging.is_progress_bar_enabled(), transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        transformers.utils.logging.set_verbosity(level)
+        if progress:
+            transformers.utils.logging.enable_progress_bar()
+
+
+def _model_class(checkpoint: Checkpoint) -> Any:
+    name = checkpoint.architecture
+    cls = getattr(transformers, name, None) if name.isidentifier() else None
+    if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
+        raise UnsupportedModelError(f"unknown architecture {name!r}; expected a model class of transformers {transformers.__version__}")
+    return cls
+
+
+def _drop_pooler(model: transformers.PreTrainedModel) -> None:
+    """BERT's pooler feeds next-sentence heads only; embeddings are pooled from the last hidden state."""
+    if getattr(model, "pooler", None) is not None:
+        model.pooler = None
+
+
+def _tied_names(model: transformers.PreTrainedModel) -> list[str]:
+    if not getattr(model.config, "tie_word_embeddings", False):
+        return []
+    keys = getattr(model, "all_tied_weights_keys", None) or getattr(model, "_tied_weights_keys", None) or []
+    return list(keys)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).strip().splitlines()[0][:200]

@@ -1,0 +1,58 @@
+"""Which (spec, format) pairs are worth trying for a layer on a target. Costs only; no numbers are looked at here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from edgec import decompose
+from edgec.contraction import MatMul, quantisable
+from edgec.fit import contraction_of
+from edgec.quantize.formats import CoreFormat
+from edgec.records import Spec, Target
+
+RATIOS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+"""Parameter ratios tried for factored forms: below 0.3 nothing survives without healing, above 0.9 nothing is saved."""
+
+FALLBACK = CoreFormat(16)
+"""What a layer that nothing else fits is kept as: fp16 in the file, cast to fp32 inside the graph."""
+
+
+def candidates(
+    targets: Sequence[Target], role: str, shape: tuple[int, int], *, incompressible: bool = False, tied: bool = False
+) -> list[tuple[Spec, CoreFormat]]:
+    """Everything that at least one of the targets can execute for the layer, dense first. tied: the head of a tied pair."""
+    found = [(Spec("dense"), FALLBACK)]
+    for target in targets:
+        dense = target.embedding_formats if role == "embedding" or tied else target.dense_formats
+        found += [(Spec("dense"), CoreFormat.parse(name)) for name in dense]
+        if role == "embedding" or incompressible:
+            continue
+        for kind in decompose.kinds():
+            for ratio in RATIOS:
+                for spec in decompose.get(kind).suggest(*shape, ratio, target.rank_multiple):
+                    if spec.kind != "dense":
+                        found += [(spec, CoreFormat.parse(name)) for name in target.factored_formats]
+    usable = [c for c in dict.fromkeys(found) if any(executable(t, role, shape, *c, tied=tied) for t in targets)]
+    return usable
+
+
+def executable(target: Target, role: str, shape: tuple[int, int], spec: Spec, fmt: CoreFormat, *, tied: bool = False) -> bool:
+    """Can the target run this choice on its fast kernels, or, for floats, at all?"""
+    if not fmt.quantised:
+        return True
+    if role == "embedding" or (tied and spec.kind == "dense"):
+        return str(fmt) in target.embedding_formats and shape[1] % fmt.block == 0
+    allowed = target.dense_formats if spec.kind == "dense" else target.factored_formats
+    if str(fmt) not in allowed:
+        return False
+    contraction = contraction_of(spec, shape, role)
+    inner = [step.k for step in contraction.steps if isinstance(step, MatMul) and step.core in quantisable(contraction)]
+    return all(k >= fmt.block and k % target.k_multiple == 0 for k in inner) and all(
+        rank % target.rank_multiple == 0 for rank in spec.ranks
+    )
+
+
+def uniform(shape: tuple[int, int], ratio: float, multiple: int) -> Spec:
+    """The low-rank spec of a layer at one parameter ratio for all layers; dense where the layer is too small to save anything."""
+    specs = decompose.get("svd").suggest(*shape, ratio, multiple) if ratio < 1 else []
+    return specs[0] if specs else Spec("dense")

@@ -1,0 +1,129 @@
+"""The Profile record and its folder: profile.json to read, statistics.safetensors to compute with."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from edgec.checkpoint import Checkpoint, read_json
+from edgec.errors import EdgecError, ProfileError
+from edgec.outputs import staged_folder
+from edgec.profile.activations import Statistics
+from edgec.records import Choice, Spec
+
+PROFILE_VERSION = 1
+
+
+@dataclass(frozen=True)
+class LayerProfile:
+    """One replaceable matrix.
+
+    entropy: cut → von Neumann entropy [nats]; "svd" is the cut between outputs and inputs, others are named by the left modes.
+    random: the same for a random matrix of that unfolding. singular: values at the svd cut, largest first.
+    incompressible: no cut differs from a random matrix's. candidates: every plan choice that was fitted and scored.
+    """
+
+    name: str
+    role: str
+    shape: tuple[int, int]
+    entropy: Mapping[str, float]
+    random: Mapping[str, float]
+    singular: tuple[float, ...]
+    incompressible: bool
+    tied_to: str | None = None
+    candidates: tuple[Choice, ...] = ()
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Of one checkpoint on one calibration text."""
+
+    fingerprint: str
+    calibration: str
+    tokens: int
+    layers: tuple[LayerProfile, ...]
+    statistics: Statistics = field(repr=False)
+    version: int = PROFILE_VERSION
+
+    def by_layer(self) -> dict[str, LayerProfile]:
+        return {layer.name: layer for layer in self.layers}
+
+    def require(self, checkpoint: Checkpoint) -> None:
+        """Raises ProfileError when the profile was made from another checkpoint."""
+        if self.fingerprint != checkpoint.fingerprint:
+            raise ProfileError(
+                f"the profile is of {self.fingerprint[:19]}…, {checkpoint.folder} is {checkpoint.fingerprint[:19]}…: "
+                f"stale; run `edgec profile {checkpoint.folder}` again"
+            )
+
+
+def save_profile(profile: Profile, out: Path, *, force: bool = False) -> None:
+    """Write the folder, whole or not at all. Arrays shared by several layers are stored once."""
+    tensors: dict[str, Any] = {}
+    aliases: dict[str, str] = {}
+    seen: dict[int, str] = {}
+    for prefix, arrays in (("H", profile.statistics.second_moments), ("G", profile.statistics.curvatures)):
+        for name, array in sorted(arrays.items()):
+            key = f"{prefix}:{name}"
+            if id(array) in seen:
+                aliases[key] = seen[id(array)]
+            else:
+                seen[id(array)] = key
+                tensors[key] = np.ascontiguousarray(array)
+    body = {
+        "version": profile.version,
+        "fingerprint": profile.fingerprint,
+        "calibration": profile.calibration,
+        "tokens": profile.tokens,
+        "aliases": aliases,
+        "layers": [asdict(layer) for layer in profile.layers],
+    }
+    with staged_folder(out, force=force) as stage:
+        (stage / "profile.json").write_text(json.dumps(body, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        save_file(tensors, stage / "statistics.safetensors")
+
+
+def load_profile(folder: Path, checkpoint: Checkpoint | None = None) -> Profile:
+    """Read a profile folder; with a checkpoint, refuse one that is not of it. Raises ProfileError."""
+    try:
+        body = read_json(folder / "profile.json")
+        if body.get("version") != PROFILE_VERSION:
+            raise ProfileError(f"{folder}: profile version {body.get('version')}, this edgec reads {PROFILE_VERSION}; profile again")
+        tensors = load_file(folder / "statistics.safetensors")
+        for alias, key in body["aliases"].items():
+            tensors[alias] = tensors[key]
+        statistics = Statistics(
+            {k[2:]: v for k, v in tensors.items() if k.startswith("H:")},
+            {k[2:]: v for k, v in tensors.items() if k.startswith("G:")},
+            int(body["tokens"]),
+        )
+        layers = tuple(_layer(entry) for entry in body["layers"])
+        profile = Profile(str(body["fingerprint"]), str(body["calibration"]), int(body["tokens"]), layers, statistics)
+    except ProfileError:
+        raise
+    except (EdgecError, OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ProfileError(f"{folder}: not a readable edgec profile ({error}); run `edgec profile` again") from error
+    if checkpoint is not None:
+        profile.require(checkpoint)
+    return profile
+
+
+def _layer(entry: dict[str, Any]) -> LayerProfile:
+    candidates = tuple(choice_from_dict(c) for c in entry.pop("candidates"))
+    entry["shape"] = tuple(entry["shape"])
+    entry["singular"] = tuple(entry["singular"])
+    return LayerProfile(**entry, candidates=candidates)
+
+
+def choice_from_dict(entry: dict[str, Any]) -> Choice:
+    """Inverse of dataclasses.asdict for a Choice (JSON has no tuples)."""
+    spec = entry["spec"]
+    structure = Spec(spec["kind"], tuple(spec["ranks"]), tuple((int(o), int(i)) for o, i in spec["modes"]))
+    return Choice(**{**entry, "spec": structure, "shape": tuple(entry["shape"])})
