@@ -1,0 +1,141 @@
+"""Numbers and names as text, the same in every format."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from edgec.records import Measurement, Spread
+
+MISSING = "–"
+_MAX_NAME = 160
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How one metric is shown. scale: shown value = stored value × scale. higher_is_better: None for neither."""
+
+    key: str
+    label: str
+    unit: str
+    scale: float = 1.0
+    higher_is_better: bool | None = None
+    is_bytes: bool = False
+
+
+METRICS: tuple[Metric, ...] = (
+    Metric("items_s", "Sentences/s", "", higher_is_better=True),
+    Metric("item_ms", "One sentence", "ms", higher_is_better=False),
+    Metric("decode_tok_s", "Decode", "tok/s", higher_is_better=True),
+    Metric("prefill_tok_s", "Prefill", "tok/s", higher_is_better=True),
+    Metric("ttft_ms", "First token", "ms", higher_is_better=False),
+    Metric("peak_rss_bytes", "Peak RAM", "", higher_is_better=False, is_bytes=True),
+    Metric("load_s", "Load", "ms", scale=1e3, higher_is_better=False),
+)
+"""Shown metrics, most wanted first; others (memory while loading, of the empty runtime) are in the JSON."""
+
+QUALITY_LABELS = {
+    "cosine": "cosine",
+    "mean_cosine": "cosine",
+    "pair_spearman": "pair similarities",
+    "sts": "STS-B",
+    "kl": "KL, nats",
+    "perplexity": "perplexity",
+    "perplexity_ratio": "perplexity ratio",
+    "top1": "top-1",
+}
+
+
+def clean(text: object, limit: int = _MAX_NAME) -> str:
+    """Printable text on one line: control characters, escape codes and direction overrides become �."""
+    result = "".join(c if c.isprintable() else "�" for c in str(text))
+    return result if len(result) <= limit else result[: limit - 1] + "…"
+
+
+def shorten(text: object, limit: int) -> str:
+    """The same, with the middle left out: the ends of layer and file names tell them apart."""
+    result = clean(text)
+    if len(result) <= limit:
+        return result
+    head = (limit - 1) // 2
+    return result[:head] + "…" + result[len(result) - (limit - 1 - head) :]
+
+
+def size(count: float) -> str:
+    """Bytes in decimal units: 812 B, 9.8 MB, 1.24 GB."""
+    if not math.isfinite(count):
+        return MISSING
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if abs(count) >= scale:
+            return f"{number(count / scale)} {unit}"
+    return f"{count:.0f} B"
+
+
+def number(value: float) -> str:
+    """Three significant digits without an exponent: 0.0123, 1.25, 31.0, 1,188."""
+    if not math.isfinite(value):
+        return MISSING
+    if value == 0:
+        return "0"
+    magnitude = math.floor(math.log10(abs(value)))
+    if magnitude >= 2:
+        return f"{value:,.0f}"
+    return f"{value:.{min(8, 2 - magnitude)}f}"
+
+
+def amount(metric: Metric, value: float) -> str:
+    """A metric's value with its unit."""
+    if metric.is_bytes:
+        return size(value)
+    text = number(value * metric.scale)
+    return f"{text} {metric.unit}".strip()
+
+
+def spread_percent(found: Spread) -> float:
+    """Half the interquartile range, in percent of the median."""
+    return 50 * (found.high - found.low) / found.value if found.value else math.nan
+
+
+def quality_items(quality: Mapping[str, float]) -> list[tuple[str, str]]:
+    """(label, text) per quality figure; `x_low` and `x_high` are shown as the interval of `x`."""
+    result = []
+    for key, value in quality.items():
+        base = key.removesuffix("_low").removesuffix("_high")
+        if base != key and base in quality:
+            continue
+        text = _figure(value)
+        if f"{key}_low" in quality and f"{key}_high" in quality:
+            text += f" [{_figure(quality[f'{key}_low'])}…{_figure(quality[f'{key}_high'])}]"
+        result.append((QUALITY_LABELS.get(key, clean(key.replace("_", " "), 40)), text))
+    return result
+
+
+def _figure(value: float) -> str:
+    return f"{value:.4f}" if math.isfinite(value) else MISSING
+
+
+def shown_metrics(measurements: Sequence[Measurement]) -> list[Metric]:
+    """The metrics that at least one of these rows has."""
+    return [m for m in METRICS if any(m.key in row.metrics for row in measurements)]
+
+
+def by_task(measurements: Sequence[Measurement]) -> dict[str, list[Measurement]]:
+    """Rows grouped by task, in order of appearance: tokens and sentences do not share a table."""
+    groups: dict[str, list[Measurement]] = {}
+    for row in measurements:
+        groups.setdefault(row.task, []).append(row)
+    return groups
+
+
+def conditions(rows: Sequence[Measurement]) -> str:
+    """What every row of a group was measured under; settings that differ between rows are left out."""
+    first = rows[0]
+    parts = [f"device {clean(first.device)}", f"{first.threads} thread{'' if first.threads == 1 else 's'}"]
+    if any((r.device, r.threads) != (first.device, first.threads) for r in rows):
+        parts = ["devices and threads as stated in each row"]
+    for key, value in first.settings.items():
+        if all(r.settings.get(key) == value for r in rows):
+            shown = f"{value:g}" if isinstance(value, float) else str(value)
+            parts.append(f"{clean(key, 40).replace('_', ' ')} {clean(shown, 60)}")
+    return " · ".join(parts)
