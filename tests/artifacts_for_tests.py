@@ -14,7 +14,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from edgec.bench import shapes
 from edgec.bench.baselines import make
 
-WORDS = ["[PAD]", "[UNK]", *"the a cat dog sat on mat of and is model text The".split()]
+_TEXT = "[PAD] [UNK] the a cat dog sat on mat of and is model text The"
+WORDS = _TEXT.split()
 WIDTH = 8
 
 

@@ -46,7 +46,7 @@ def main() -> int:
     except MemoryError:
         say("error", kind="MemoryError", message="out of memory; use a smaller model, batch or context")
         return 1
-    except Exception as error:  # a runtime's own exception: the row fails with its text, the bench goes on
+    except Exception as error:  # noqa: BLE001 - a runtime's own exception: the row fails with its text
         say("error", kind=type(error).__name__, message=f"{type(error).__name__}: {error}")
         return 1
     return 0
@@ -110,7 +110,7 @@ def _causal_sampler(model: CausalLM, job: Job) -> Callable[[float], dict[str, fl
 
     The prompt is random but seeded, so that every contestant with the same vocabulary sees the same ids.
     """
-    chooser = random.Random(job.seed)
+    chooser = random.Random(job.seed)  # noqa: S311 - reproducible, not secret
     prompt = [chooser.randrange(model.vocab_size) for _ in range(job.prompt_tokens)]
 
     def sample(min_seconds: float) -> dict[str, float]:

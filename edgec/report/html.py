@@ -38,7 +38,8 @@ def write_report(
 
     profile_entropies: layer name → entanglement entropy [nats]. quality: rows of a table, columns in order of
     appearance. subject: the contestant to highlight (default: the first); reference: the one that it is compared
-    with in the headline (default: none). not_measured: lines added to what the report finds missing itself. Raises OutputError.
+    with in the headline (default: none). not_measured: lines added to what the report finds missing itself.
+    Raises OutputError.
     """
     subject = subject or (measurements[0].contestant if measurements else "")
     context = {

@@ -21,7 +21,7 @@ from edgec.runtime.options import RuntimeOptions, import_onnxruntime, session_op
 
 PLUGIN = True
 SENTENCE_OUTPUT = "sentence_embedding"
-TOKEN_OUTPUT = "last_hidden_state"
+HIDDEN_OUTPUT = "last_hidden_state"
 _DEFAULT_MAX_TOKENS = 512
 _SANE_MAX_TOKENS = 1 << 20
 # These count positions from the padding id, so their table holds pad_token_id + 1 more rows than usable positions.
@@ -67,9 +67,9 @@ class OrtEncoder:
         if unknown := sorted(set(self._inputs) - known):
             raise CheckpointError(f"{model} wants the inputs {', '.join(unknown)}; an encoder has only {sorted(known)}")
         outputs = [o.name for o in self.session.get_outputs()]
-        self.output = next((name for name in (SENTENCE_OUTPUT, TOKEN_OUTPUT) if name in outputs), "")
+        self.output = next((name for name in (SENTENCE_OUTPUT, HIDDEN_OUTPUT) if name in outputs), "")
         if not self.output:
-            raise CheckpointError(f"{model} has the outputs {outputs}; expected {SENTENCE_OUTPUT} or {TOKEN_OUTPUT}")
+            raise CheckpointError(f"{model} has the outputs {outputs}; expected {SENTENCE_OUTPUT} or {HIDDEN_OUTPUT}")
 
     def tokenize(self, sentences: Sequence[str]) -> dict[str, NDArray[np.int64]]:
         """N sentences → input_ids, attention_mask, token_type_ids, each [N, longest], padded on the right."""
@@ -92,7 +92,7 @@ class OrtEncoder:
             feeds["position_ids"] = positions.astype(self._inputs["position_ids"])
         (value,) = self.session.run([self.output], feeds)
         result = np.asarray(value, dtype=np.float32)
-        if self.output == TOKEN_OUTPUT:
+        if self.output == HIDDEN_OUTPUT:
             weight = mask[..., None].astype(np.float32)
             result = (result * weight).sum(axis=1) / np.maximum(weight.sum(axis=1), 1.0)
         return result
