@@ -1,8 +1,9 @@
 """Text for calibrating, healing and validating: three disjoint splits, by hash, of one source.
 
-The default source is `pydoc_data.topics`: half a megabyte of English technical prose that ships with every Python, so that a default
-needs neither network nor committed data. Causal LMs add text sampled from the dense model itself, which is the distribution
-that their divergence is measured on. A user's own `--calibration FILE` replaces both.
+The default source is `pydoc_data.topics`: half a megabyte of English technical prose that ships with every
+Python, so that a default needs neither network nor committed data. Causal LMs add text sampled from the dense
+model itself, which is the distribution that their divergence is measured on. A user's own `--calibration FILE`
+replaces both.
 """
 
 from __future__ import annotations
@@ -55,15 +56,18 @@ def _place(item: str) -> float:
 
 
 def load_text(file: Path | None = None) -> Text:
-    """A .txt file (paragraphs, or lines where there are no blank lines) or .jsonl file (strings, or objects with "text");
-    without one, the default text. Raises CalibrationError."""
+    """A .txt file (paragraphs, or lines where there are no blank lines) or .jsonl file (strings, or objects with
+    "text"); without one, the default text. Raises CalibrationError.
+    """
     if file is None:
         topics: Mapping[str, str] = importlib.import_module("pydoc_data.topics").topics
         paragraphs = (p for name in sorted(topics) for p in topics[name].split("\n\n"))
         return Text("pydoc_data.topics", _clean(paragraphs))
     try:
         if file.stat().st_size > limits.MAX_CALIBRATION_BYTES:
-            raise CalibrationError(f"{file}: larger than {limits.MAX_CALIBRATION_BYTES // 1_000_000} MB; a sample is enough")
+            raise CalibrationError(
+                f"{file}: larger than {limits.MAX_CALIBRATION_BYTES // 1_000_000} MB; a sample is enough"
+            )
         content = file.read_text(encoding="utf-8")
     except OSError as error:
         raise CalibrationError(f"{file}: cannot be read ({error.strerror})") from error
@@ -100,7 +104,9 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
     """The folder's own tokenizer, from its JSON files; remote code is never run. Raises CheckpointError."""
     try:
         with quiet_transformers():
-            return transformers.AutoTokenizer.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
+            return transformers.AutoTokenizer.from_pretrained(
+                checkpoint.folder, local_files_only=True, trust_remote_code=False
+            )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"{checkpoint.folder}: no tokenizer that loads from its JSON files ({reason})") from error
@@ -118,7 +124,9 @@ class Batches:
         return int(sum(int(b["attention_mask"].sum()) for b in self.items))
 
 
-def tokenize(text: Text, tokenizer: Any, task: str, max_tokens: int, *, minimum: int = limits.MIN_CALIBRATION_TOKENS) -> Batches:
+def tokenize(
+    text: Text, tokenizer: Any, task: str, max_tokens: int, *, minimum: int = limits.MIN_CALIBRATION_TOKENS
+) -> Batches:
     """Encoders: items padded into batches of similar length. Causal LMs: items joined and cut into windows.
 
     At most about max_tokens tokens. Raises CalibrationError when fewer than `minimum` come out.
@@ -127,8 +135,8 @@ def tokenize(text: Text, tokenizer: Any, task: str, max_tokens: int, *, minimum:
     batches = Batches(text.origin, tuple(pad(group) for group in _grouped(ids)))
     if batches.tokens < minimum:
         raise CalibrationError(
-            f"{text.origin}: {batches.tokens} tokens; at least {minimum} are needed for statistics that mean something. "
-            "Give more text with --calibration"
+            f"{text.origin}: {batches.tokens} tokens; at least {minimum} are needed for statistics that mean "
+            "something. Give more text with --calibration"
         )
     return batches
 
@@ -176,7 +184,7 @@ def pad(rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
 
 
 def self_sampled(model: transformers.PreTrainedModel, tokens: int, seed: int = 0) -> Batches:
-    """Windows drawn from the causal LM itself at temperature 1, starting from its BOS (or token 0): int64 [B, DECODER_LENGTH]."""
+    """Windows int64 [B, DECODER_LENGTH] drawn from the causal LM itself at temperature 1, from its BOS (or 0) on."""
     length = min(DECODER_LENGTH, int(getattr(model.config, "max_position_embeddings", DECODER_LENGTH)))
     rows = max(1, tokens // length)
     start = getattr(model.config, "bos_token_id", None) or 0

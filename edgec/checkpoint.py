@@ -1,8 +1,9 @@
 """An untrusted transformers folder in, a `Checkpoint` out. Nothing in the folder is ever executed or unpickled.
 
-The safetensors headers are parsed here rather than by the safetensors library, because every claim in them (length, offsets,
-shapes, overlaps) is checked against the bytes that are really there before anything is allocated, and each error can name the file
-and the tensor. Tensors are memory-mapped: opening a checkpoint costs no memory.
+The safetensors headers are parsed here rather than by the safetensors library, because every claim in them
+(length, offsets, shapes, overlaps) is checked against the bytes that are really there before anything is
+allocated, and each error can name the file and the tensor. Tensors are memory-mapped: opening a checkpoint costs
+no memory.
 """
 
 from __future__ import annotations
@@ -85,7 +86,8 @@ class Checkpoint:
         if info.start == info.stop:
             return np.empty(info.shape, _DTYPES[info.dtype])
         flat = np.memmap(info.file, mode="r", dtype=np.uint8, offset=info.start, shape=(info.stop - info.start,))
-        return flat.view(_DTYPES[info.dtype]).reshape(info.shape)
+        values: NDArray[Any] = flat.view(_DTYPES[info.dtype]).reshape(info.shape)
+        return values
 
     @cached_property
     def fingerprint(self) -> str:
@@ -100,7 +102,9 @@ class Checkpoint:
                 while remaining:
                     chunk = file.read(min(remaining, 1 << 22))
                     if not chunk:
-                        raise CheckpointError(f"{info.file}: tensor {name!r} ends early; the file changed while it was read")
+                        raise CheckpointError(
+                            f"{info.file}: tensor {name!r} ends early; the file changed while it was read"
+                        )
                     digest.update(chunk)
                     remaining -= len(chunk)
         return f"sha256:{digest.hexdigest()}"
@@ -127,7 +131,9 @@ def open_checkpoint(folder: Path | str) -> Checkpoint:
     """Check a transformers folder and map its tensors. Raises CheckpointError naming the file and the way out."""
     folder = Path(folder)
     if not folder.is_dir():
-        raise CheckpointError(f"{folder}: no such folder; expected a transformers folder with config.json and *.safetensors")
+        raise CheckpointError(
+            f"{folder}: no such folder; expected a transformers folder with config.json and *.safetensors"
+        )
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder}: no config.json; expected a transformers folder (save_pretrained writes one)")
     config = read_json(folder / "config.json")
@@ -135,7 +141,9 @@ def open_checkpoint(folder: Path | str) -> Checkpoint:
         raise CheckpointError(f"{folder / 'config.json'}: no model_type; expected a transformers model configuration")
     names = config.get("architectures")
     if not (isinstance(names, list) and names and all(isinstance(n, str) for n in names)):
-        raise CheckpointError(f"{folder / 'config.json'}: no architectures; expected the model class, e.g. [\"BertModel\"]")
+        raise CheckpointError(
+            f'{folder / "config.json"}: no architectures; expected the model class, e.g. ["BertModel"]'
+        )
     tensors: dict[str, TensorInfo] = {}
     for file in _weight_files(folder):
         for name, info in read_safetensors_header(file).items():
@@ -226,7 +234,7 @@ def parse_json(text: str, where: str) -> Any:
 
 
 def read_safetensors_header(path: Path) -> dict[str, TensorInfo]:
-    """Check one safetensors file's header against the bytes that are there: length, dtypes, shapes, offsets without gap or overlap."""
+    """Check one safetensors header against the bytes that are there: length, dtypes, shapes, no gap, no overlap."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -252,20 +260,28 @@ def read_safetensors_header(path: Path) -> dict[str, TensorInfo]:
     end = 8 + length
     for name, info in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].stop)):
         if info.start != end:
-            raise CheckpointError(f"{path}: tensor {name!r} starts at byte {info.start}, expected {end} (gap or overlap)")
+            raise CheckpointError(
+                f"{path}: tensor {name!r} starts at byte {info.start}, expected {end} (gap or overlap)"
+            )
         end = info.stop
     if end != size:
-        raise CheckpointError(f"{path}: {size - end} bytes after the last tensor; the file is damaged or not safetensors")
+        raise CheckpointError(
+            f"{path}: {size - end} bytes after the last tensor; the file is damaged or not safetensors"
+        )
     return tensors
 
 
 def _tensor_infos(path: Path, header: dict[str, Any], base: int, size: int) -> Iterator[tuple[str, TensorInfo]]:
     for name, entry in header.items():
         match entry:
-            case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [int(start), int(stop)], **rest} if not rest:
+            case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [int(start), int(stop)]} if (
+                len(entry) == 3
+            ):
                 pass
             case _:
-                raise CheckpointError(f"{path}: tensor {name!r} lacks dtype, shape or data_offsets, or has something else")
+                raise CheckpointError(
+                    f"{path}: tensor {name!r} lacks dtype, shape or data_offsets, or has something else"
+                )
         if dtype not in _DTYPES:
             raise CheckpointError(f"{path}: tensor {name!r} has dtype {dtype!r}; known: {', '.join(_DTYPES)}")
         if len(shape) > limits.MAX_TENSOR_RANK or any(type(d) is not int or d < 0 for d in shape):
@@ -273,7 +289,7 @@ def _tensor_infos(path: Path, header: dict[str, Any], base: int, size: int) -> I
         expected = math.prod(shape) * np.dtype(_DTYPES[dtype]).itemsize
         if not 0 <= start <= stop <= size - base or stop - start != expected:
             raise CheckpointError(
-                f"{path}: tensor {name!r} ({dtype} {shape}) needs {expected} bytes, its offsets {start}–{stop} give {stop - start} "
-                f"of the {size - base} in the file"
+                f"{path}: tensor {name!r} ({dtype} {shape}) needs {expected} bytes, its offsets {start}–{stop} give "
+                f"{stop - start} of the {size - base} in the file"
             )
         yield name, TensorInfo(path, dtype, tuple(shape), base + start, base + stop)

@@ -45,7 +45,7 @@ class Transpose:
 
 @dataclass(frozen=True)
 class MatMul:
-    """y = x coreᵀ on the last axis: x [..., k], core [n, k] contiguous along k → y [..., n]. Quantised by blocks along k."""
+    """y = x coreᵀ on the last axis: x [..., k], core [n, k], contiguous and quantised along k → y [..., n]."""
 
     core: str
     n: int
@@ -78,7 +78,7 @@ class ReduceSum:
 
 @dataclass(frozen=True)
 class Gather:
-    """Rows by token id: ids [...] (integers, no trailing axis), core [v, n] → y [..., n]. Quantised by blocks along n."""
+    """Rows by token id: ids [...] (integers, no trailing axis), core [v, n], quantised along n → y [..., n]."""
 
     core: str
     v: int

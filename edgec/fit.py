@@ -1,7 +1,7 @@
 """One layer, one choice: factorize the weight, quantise every core, keep the result as `Factors`.
 
-`decompose` knows nothing of quantization and `quantize` nothing of layers; this is where they meet, below every room that
-needs a fitted layer (profile to score candidates, compress to apply a plan).
+`decompose` knows nothing of quantization and `quantize` nothing of layers; this is where they meet, below every
+room that needs a fitted layer (profile to score candidates, compress to apply a plan).
 """
 
 from __future__ import annotations
@@ -71,7 +71,8 @@ def fit(
 ) -> Factors:
     """weight [out, in] (table [v, n] for an embedding) → Factors.
 
-    With a moment, the factorization is whitened by it and cores are quantised by GPTQ; without one, plain and rounded to nearest.
+    With a moment, the factorization is whitened by it and cores are quantised by GPTQ; without one, plain and
+    rounded to nearest.
     """
     contraction = contraction_of(spec, (int(weight.shape[0]), int(weight.shape[1])), role)
     able = quantisable(contraction)
@@ -83,7 +84,8 @@ def fit(
             method = rtn if core_moment is None else gptq
             cores[name] = quantised = method.quantize(core, own, core_moment)
             return quantised.dequantize()
-        cores[name] = stored = np.ascontiguousarray(core, dtype=np.float16 if own.bits == 16 else np.float32)
+        stored: NDArray[Any] = np.ascontiguousarray(core, dtype=np.float16 if own.bits == 16 else np.float32)
+        cores[name] = stored
         return stored
 
     if role == "embedding":
@@ -99,7 +101,10 @@ def _format_of(name: str, able: frozenset[str], fmt: CoreFormat) -> CoreFormat:
 
 
 class FactorCache:
-    """Fitted layers by any key, oldest dropped beyond `cap_bytes` of stored cores: one run scores, tries and ships the same ones."""
+    """Fitted layers by any key: one run scores, tries and ships the same ones.
+
+    The least recently used are dropped beyond `cap_bytes` of cores in memory.
+    """
 
     def __init__(self, cap_bytes: int = 1 << 30) -> None:
         self.cap_bytes = cap_bytes
@@ -120,4 +125,6 @@ class FactorCache:
 
 
 def _resident(factors: Factors) -> int:
-    return sum(c.codes.nbytes + c.scales.nbytes if isinstance(c, QuantizedTensor) else c.nbytes for c in factors.cores.values())
+    return sum(
+        c.codes.nbytes + c.scales.nbytes if isinstance(c, QuantizedTensor) else c.nbytes for c in factors.cores.values()
+    )

@@ -1,7 +1,7 @@
 """From a checked checkpoint to a transformers model, and from a model to the layers that a plan may replace.
 
-Task and dimensions come from optimum (TasksManager, NormalizedConfigManager), which knows how each architecture spells them;
-`_NORMALIZED_FALLBACK` is the one small table of our own, for the model types that optimum 2.3 lacks.
+Task and dimensions come from optimum (TasksManager, NormalizedConfigManager), which knows how each architecture
+spells them; `_NORMALIZED_FALLBACK` is the one small table of our own, for the model types that optimum 2.3 lacks.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import transformers
 from optimum.exporters.tasks import TasksManager
 from optimum.utils import NormalizedConfigManager
 from optimum.utils.normalized_config import NormalizedTextConfig
+from transformers.initialization import no_init_weights
 
 from edgec import limits
 from edgec.checkpoint import Checkpoint
@@ -61,13 +62,15 @@ class Layer:
 
 
 def task_of(checkpoint: Checkpoint) -> str:
-    """optimum's task name, from the class that config.architectures names. Encoders of any head count as feature extraction."""
+    """optimum's task name, from the class that config.architectures names. Raises UnsupportedModelError for others than
+    feature extraction (encoders without a head) and text generation.
+    """
     cls = _model_class(checkpoint)
     task = str(TasksManager.infer_task_from_model(cls))
     if task not in (ENCODER_TASK, DECODER_TASK):
         raise UnsupportedModelError(
-            f"{checkpoint.architecture} does {task}; edgec exports {ENCODER_TASK} (encoders) and {DECODER_TASK} (causal LMs). "
-            "Save the backbone alone, for example model.bert.save_pretrained(...)"
+            f"{checkpoint.architecture} does {task}; edgec exports {ENCODER_TASK} (encoders) and {DECODER_TASK} "
+            "(causal LMs). Save the backbone alone, for example model.bert.save_pretrained(...)"
         )
     return task
 
@@ -80,7 +83,9 @@ def dimensions(checkpoint: Checkpoint) -> Dimensions:
         normal = NormalizedConfigManager.get_normalized_config_class(kind)(config)
     except KeyError:
         if kind not in _NORMALIZED_FALLBACK:
-            raise UnsupportedModelError(f"{kind!r} is unknown to optimum and to edgec's fallback; cannot read its dimensions") from None
+            raise UnsupportedModelError(
+                f"{kind!r} is unknown to optimum and to edgec's fallback; cannot read its dimensions"
+            ) from None
         normal = _NORMALIZED_FALLBACK[kind](config)
     heads = int(normal.num_attention_heads)
     hidden = int(normal.hidden_size)
@@ -115,18 +120,38 @@ def hf_config(checkpoint: Checkpoint) -> transformers.PretrainedConfig:
         with quiet_transformers():
             return transformers.AutoConfig.for_model(kind, **values)
     except ValueError as error:
-        raise UnsupportedModelError(f"unknown architecture {kind!r}: this transformers does not have it ({_first_line(error)})") from error
+        raise UnsupportedModelError(
+            f"unknown architecture {kind!r}: this transformers does not have it ({_first_line(error)})"
+        ) from error
     except (TypeError, KeyError) as error:
-        raise CheckpointError(f"{checkpoint.folder / 'config.json'}: not a valid {kind} configuration ({_first_line(error)})") from error
+        raise CheckpointError(
+            f"{checkpoint.folder / 'config.json'}: not a valid {kind} configuration ({_first_line(error)})"
+        ) from error
 
 
-def skeleton(checkpoint: Checkpoint) -> transformers.PreTrainedModel:
-    """The model without memory (meta device), its shapes checked against the checkpoint's before anything is allocated."""
+def without_memory(checkpoint: Checkpoint) -> transformers.PreTrainedModel:
+    """The model on the meta device, by its configuration alone."""
     dimensions(checkpoint)
     cls = _model_class(checkpoint)
     with quiet_transformers(), torch.device("meta"):
-        model = cls(hf_config(checkpoint))
+        model: transformers.PreTrainedModel = cls(hf_config(checkpoint))
     _drop_pooler(model)
+    return model
+
+
+def empty(checkpoint: Checkpoint) -> transformers.PreTrainedModel:
+    """The model on the CPU with whatever its constructors put there: buffers are right, weights are to be loaded."""
+    dimensions(checkpoint)
+    cls = _model_class(checkpoint)
+    with quiet_transformers(), no_init_weights():
+        model: transformers.PreTrainedModel = cls(hf_config(checkpoint))
+    _drop_pooler(model)
+    return model.float()
+
+
+def skeleton(checkpoint: Checkpoint) -> transformers.PreTrainedModel:
+    """`without_memory`, its shapes checked against the checkpoint's before anything is allocated."""
+    model = without_memory(checkpoint)
     expected = model.state_dict()
     prefix = f"{model.base_model_prefix}."
     seen = set()
@@ -136,9 +161,10 @@ def skeleton(checkpoint: Checkpoint) -> transformers.PreTrainedModel:
             logger.info("tensor %r of the checkpoint has no place in %s; ignored", name, type(model).__name__)
             continue
         seen.add(match)
-        if tuple(expected[match].shape) != info.shape:
+        shape = tuple(expected[match].shape)
+        if shape != info.shape:
             raise CheckpointError(
-                f"{info.file}: tensor {name!r} is {list(info.shape)}, config.json makes it {list(expected[match].shape)}"
+                f"{info.file}: tensor {name!r} is {list(info.shape)}, config.json makes it {list(shape)}"
             )
     tied = set(_tied_names(model))
     if missing := sorted(set(expected) - seen - tied):
@@ -201,14 +227,16 @@ def _model_class(checkpoint: Checkpoint) -> Any:
     name = checkpoint.architecture
     cls = getattr(transformers, name, None) if name.isidentifier() else None
     if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
-        raise UnsupportedModelError(f"unknown architecture {name!r}; expected a model class of transformers {transformers.__version__}")
+        raise UnsupportedModelError(
+            f"unknown architecture {name!r}; expected a model class of transformers {transformers.__version__}"
+        )
     return cls
 
 
 def _drop_pooler(model: transformers.PreTrainedModel) -> None:
     """BERT's pooler feeds next-sentence heads only; embeddings are pooled from the last hidden state."""
     if getattr(model, "pooler", None) is not None:
-        model.pooler = None
+        model.pooler = None  # type: ignore[assignment]
 
 
 def _tied_names(model: transformers.PreTrainedModel) -> list[str]:

@@ -1,8 +1,8 @@
 """The input second moment H = E[x xᵀ] of a layer, with the factorizations that decompositions and quantizers share.
 
-Everything edgec knows about the activations that a matrix really sees is in H: the squared output error of a replacement W̃ is
-tr((W − W̃) H (W − W̃)ᵀ). The factorizations are cached because q, k and v share one input, and because every candidate of a
-layer needs the same ones.
+Everything edgec knows about the activations that a matrix really sees is in H: the squared output error of a
+replacement W̃ is tr((W − W̃) H (W − W̃)ᵀ). The factorizations are cached because q, k and v share one input, and
+because every candidate of a layer needs the same ones.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Output appears whole or not at all: everything is written into a hidden sibling folder, synced, and renamed into place.
+"""Output appears whole or not at all: everything is written into a hidden sibling folder, synced, and renamed
+into place.
 
 One run at a time holds an output's lock; the next holder sweeps what a killed one left behind.
 """
@@ -18,11 +19,12 @@ from edgec.errors import OutputError
 
 @contextmanager
 def staged_folder(out: Path, *, force: bool = False) -> Iterator[Path]:
-    """A fresh folder to write into, which becomes `out` when the block ends without an error and vanishes when it does not.
+    """A fresh folder to write into, which becomes `out` when the block ends without an error and vanishes when it
+    does not.
 
     Raises OutputError when `out` exists (unless force), when another run holds it, or when the disk is full.
     """
-    out = Path(os.path.abspath(out))
+    out = _absolute(out)
     with _locked(out):
         check_free(out, force=force)
         stage = out.parent / f".{out.name}.partial-{os.getpid()}"
@@ -45,7 +47,9 @@ def check_free(out: Path, *, force: bool) -> None:
         if not force:
             raise OutputError(f"{out}: already exists; choose another -o or pass --force to replace it")
         if any(out.iterdir()) and not any((out / name).is_file() for name in OWN_MARKERS):
-            raise OutputError(f"{out}: --force replaces folders that edgec wrote, and this one has no {' or '.join(OWN_MARKERS)}")
+            raise OutputError(
+                f"{out}: --force replaces folders that edgec wrote, and this one has no {' or '.join(OWN_MARKERS)}"
+            )
 
 
 OWN_MARKERS = ("edgec.json", "profile.json")
@@ -55,7 +59,7 @@ OWN_MARKERS = ("edgec.json", "profile.json")
 @contextmanager
 def written_file(path: Path) -> Iterator[Path]:
     """A temporary path that becomes `path` (replacing it) when the block ends without an error."""
-    path = Path(os.path.abspath(path))
+    path = _absolute(path)
     temporary = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -88,6 +92,11 @@ def _locked(out: Path) -> Iterator[None]:
                 lock.unlink(missing_ok=True)
     except OSError as error:
         raise _explained(error, out) from error
+
+
+def _absolute(path: Path) -> Path:
+    """Without following a link at `path` itself, which `Path.resolve` would: a link is refused, not written through."""
+    return Path(os.path.abspath(path))  # noqa: PTH100
 
 
 def _aside(out: Path) -> Path:

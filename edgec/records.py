@@ -62,6 +62,15 @@ class Choice:
     error: float | None = None
     loss: float | None = None
 
+    @classmethod
+    def from_dict(cls, entry: Mapping[str, Any]) -> Choice:
+        """Inverse of `as_dict` (JSON has no tuples). Raises KeyError, TypeError or ValueError for anything else."""
+        spec = entry["spec"]
+        modes = tuple((int(o), int(i)) for o, i in spec["modes"])
+        structure = Spec(str(spec["kind"]), tuple(int(r) for r in spec["ranks"]), modes)
+        out, in_ = entry["shape"]
+        return cls(**{**entry, "spec": structure, "shape": (int(out), int(in_))})
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -98,9 +107,10 @@ class Plan:
 class Target:
     """What one runtime on one kind of hardware executes fast; a plan offers nothing else.
 
-    dense_formats, factored_formats, embedding_formats: core formats by role, best quality first; default_format what a uniform plan
-    uses when it names none. rank_multiple: bond dimensions are multiples of it. k_multiple: a quantised matmul's inner dimension
-    must be a multiple of it (1: any). accuracy_level: MatMulNBits attribute; 4 computes in int8.
+    dense_formats, factored_formats, embedding_formats: core formats by role, best quality first; default_format
+    what a uniform plan uses when it names none. rank_multiple: bond dimensions are multiples of it. k_multiple: a
+    quantised matmul's inner dimension must be a multiple of it (1: any). accuracy_level: MatMulNBits attribute; 4
+    computes in int8.
     """
 
     name: str

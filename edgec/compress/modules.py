@@ -1,4 +1,4 @@
-"""The torch lowering of a contraction: modules that stand in for nn.Linear and nn.Embedding, for evaluation and healing."""
+"""The torch lowering of a contraction: modules in place of nn.Linear and nn.Embedding, for evaluation and healing."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from edgec.fit import Factors
 
 
 class TorchOps:
-    """`edgec.contraction.Ops` over torch tensors. Leading axes pass through untouched; the dense matrix is never formed."""
+    """`edgec.contraction.Ops` over torch tensors. Leading axes pass through; the dense matrix is never formed."""
 
-    def __init__(self, cores: Mapping[str, Tensor]) -> None:
+    def __init__(self, cores: Mapping[str, Tensor] | nn.ParameterDict) -> None:
         self.cores = cores
 
     def reshape(self, x: Tensor, shape: tuple[int, ...], trailing: int) -> Tensor:
@@ -46,16 +46,21 @@ class TorchOps:
 
 
 class Factored(nn.Module):
-    """A layer computed by a contraction: x [..., in] (token ids [...] for a lookup) → [..., out], plus a bias [out] kept outside.
+    """A layer computed by a contraction: x [..., in] (token ids [...] for a lookup) → [..., out].
 
-    The cores are ordinary parameters holding the values that the stored numbers stand for, so that healing can train them.
-    `weight` does not exist on purpose: whoever wants the dense matrix must go through `edgec.fit.Factors.dense`.
+    The bias [out] is kept outside and added last.
+
+    The cores are ordinary parameters holding the values that the stored numbers stand for, so that healing can
+    train them. `weight` does not exist on purpose: whoever wants the dense matrix must go through
+    `edgec.fit.Factors.dense`.
     """
 
     def __init__(self, contraction: Contraction, bias: Tensor | None = None) -> None:
         super().__init__()
         self.contraction = contraction
-        self.cores = nn.ParameterDict({name: nn.Parameter(torch.empty(shape)) for name, shape in core_shapes(contraction).items()})
+        self.cores = nn.ParameterDict(
+            {name: nn.Parameter(torch.empty(shape)) for name, shape in core_shapes(contraction).items()}
+        )
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
 
     @classmethod

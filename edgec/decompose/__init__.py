@@ -2,12 +2,15 @@
 
 A file is a plugin when it sets `PLUGIN = True` and defines
 
-    contraction(spec, out, in_) -> Contraction         structure and costs, without any numbers; PlanError when spec does not fit
-    factorize(weight, spec, moment, finish) -> None     weight [out, in] → every core through `finish`
-    suggest(out, in_, ratio, multiple) -> list[Spec]    specs with about ratio × out × in parameters, ranks multiples of `multiple`
+    contraction(spec, out, in_) -> Contraction
+        structure and costs, without any numbers; PlanError when the spec does not fit
+    factorize(weight, spec, moment, finish) -> None
+        weight [out, in] → every core through `finish`
+    suggest(out, in_, ratio, multiple) -> list[Spec]
+        specs with about ratio × out × in parameters, ranks multiples of `multiple`
 
-`finish(name, core, moment)` stores a core [n, k] (quantised or not) and returns the values that the runtime will see, so that
-the cores still to come are fitted to what the earlier ones became, not to what they were meant to be.
+`finish(name, core, moment)` stores a core [n, k] (quantised or not) and returns the values that the runtime will see,
+so that the cores still to come are fitted to what the earlier ones became, not to what they were meant to be.
 """
 
 from __future__ import annotations

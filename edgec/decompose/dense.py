@@ -1,4 +1,4 @@
-"""No decomposition at all: the weight is its only core. Quantised, it is the rival that every other kind has to beat."""
+"""No decomposition at all: the weight is its only core. Quantised, it is the rival that every kind has to beat."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
 """Low rank: W ≈ A B with A [out, r], B [r, in]; plain (Eckart–Young) or whitened by the input second moment H.
 
-Whitened, it minimises ‖(W − W̃) H^½‖ (SVD-LLM, Wang et al. 2024, arXiv 2403.07378, §3.1): a tensor train of two cores in split order,
-whose only cut is the SVD's, so `tensor_train` does the work. It has a file of its own because it is the form that every runtime
-executes best, and because its rank is the one number that people want to turn.
+Whitened, it minimises ‖(W − W̃) H^½‖ (SVD-LLM, Wang et al. 2024, arXiv 2403.07378, §3.1): a tensor train of two
+cores in split order, whose only cut is the SVD's, so `tensor_train` does the work. It has a file of its own
+because it is the form that every runtime executes best, and because its rank is the one number that people want
+to turn.
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ def contraction(spec: Spec, out: int, in_: int) -> Contraction:
 
 
 def factorize(weight: NDArray[Any], spec: Spec, moment: SecondMoment | None, finish: Finish) -> None:
-    """weight [out, in] → core2 [r, in], then core1 [out, r] re-fitted to it. With a moment, B's outputs are uncorrelated and of
-    unit variance, so that the blocks of A along r hold values of one size and quantise well."""
+    """weight [out, in] → core2 [r, in], then core1 [out, r] re-fitted to it. With a moment, B's outputs are
+    uncorrelated and of unit variance, so that the blocks of A along r hold values of one size and quantise well.
+    """
     out, in_ = weight.shape
     tensor_train.factorize(weight, _train(spec, out, in_), moment, finish)
 

@@ -1,16 +1,20 @@
-"""Tensor trains in any mode order: W[o₁…o_d, i₁…i_d] ≈ Σ G₁[o₁, i₁, χ₁] G₂[χ₁, o₂, i₂, χ₂] … G_d[χ_{d−1}, o_d, i_d]  (Oseledets 2011).
+"""Tensor trains in any mode order (Oseledets 2011).
 
-Mode order is data, not code: *interleaved* order ((o₁,i₁),(o₂,i₂),…) is the TT-matrix or MPO (Novikov et al. 2015); *split* order
-((o₁,1),…,(1,i₁),…) puts all outputs before all inputs, so that its middle bond is the SVD bond. Both, and everything
-between, share the one program and the one algorithm below.
+    W[o₁…o_d, i₁…i_d] ≈ Σ G₁[o₁, i₁, χ₁] G₂[χ₁, o₂, i₂, χ₂] … G_d[χ_{d−1}, o_d, i_d]
 
-The sweep runs from the input side, in the order in which x meets the cores, and keeps one invariant: after core k the error of the whole is
+Mode order is data, not code: *interleaved* order ((o₁,i₁),(o₂,i₂),…) is the TT-matrix or MPO (Novikov et al.
+2015); *split* order ((o₁,1),…,(1,i₁),…) puts all outputs before all inputs, so that its middle bond is the SVD
+bond. Both, and everything between, share the one program and the one algorithm below.
+
+The sweep runs from the input side, in the order in which x meets the cores, and keeps one invariant: after core k
+the error of the whole is
 
     const + ‖(M − M̃) S^½‖²        S the second moment of what the cores so far make of x, M the best remaining matrix,
 
-so each step is the same problem with a smaller matrix. Per step: choose the bond's subspace by a truncated SVD of the unfolding
-(TT-SVD, Oseledets 2011, Algorithm 1, in the metric of the moment where the cut lets it factor, of its marginals otherwise), let
-`finish` quantise the core, and re-fit the remainder by least squares to the core as it became.
+so each step is the same problem with a smaller matrix. Per step: choose the bond's subspace by a truncated SVD of
+the unfolding (TT-SVD, Oseledets 2011, Algorithm 1, in the metric of the moment where the cut lets it factor, of
+its marginals otherwise), let `finish` quantise the core, and re-fit the remainder by least squares to the core as
+it became.
 """
 
 from __future__ import annotations
@@ -40,7 +44,7 @@ _RIDGE = 1e-6
 """Share of the mean diagonal added to H, pulling the re-fit towards W itself where the activations say nothing."""
 
 _DOUBLE_UP_TO = 1024
-"""Unfoldings up to this size are decomposed in float64 [count]; larger ones in float32, which truncation drowns anyway."""
+"""Unfoldings up to this size are decomposed in float64 [count]; larger ones in float32: truncation drowns the rest."""
 
 
 def contraction(spec: Spec, out: int, in_: int) -> Contraction:
@@ -110,7 +114,9 @@ def factorize(weight: Array, spec: Spec, moment: SecondMoment | None, finish: Fi
         s = i * ranks[k]
         left_in = math.prod(m[1] for m in spec.modes[: k - 1])
         m = remainder.reshape(-1, o, left_in, s)
-        core = _FIRST_BOND.get(weight, moment, m, h, ranks[k - 1]) if k == len(spec.modes) else _bond(m, h, ranks[k - 1])
+        core = (
+            _FIRST_BOND.get(weight, moment, m, h, ranks[k - 1]) if k == len(spec.modes) else _bond(m, h, ranks[k - 1])
+        )
         core = core.transpose(1, 0, 2).reshape(o * ranks[k - 1], s)
         seen = np.asarray(finish(f"core{k}", core, _marginal(h, left_in, s)), dtype=remainder.dtype)
         remainder, h = _refit(m, h, seen.reshape(o, ranks[k - 1], s))
@@ -134,7 +140,8 @@ def _marginal(h: Array | None, left: int, right: int) -> SecondMoment | None:
 def _bond(m: Array, h: Array | None, rank: int) -> Array:
     """Rows that span the best bond of m [O, o, I, s] between (O, I) and (o, s): core [χ, o, s].
 
-    With h, the rows of the core are uncorrelated and of unit variance (exactly so where the moment factors across the cut).
+    With h, the rows of the core are uncorrelated and of unit variance (exactly so where the moment factors across
+    the cut).
     """
     outs, o, left, s = m.shape
     white = m
@@ -156,8 +163,9 @@ def _bond(m: Array, h: Array | None, rank: int) -> Array:
 
 
 class _FirstBond:
-    """Remembers the full first bond of the last weight: scoring tries one weight at many ranks and formats, and the leading rows of one
-    decomposition serve them all. Keyed by identity, holding what it is keyed by."""
+    """Remembers the full first bond of the last weight: scoring tries one weight at many ranks and formats, and
+    the leading rows of one decomposition serve them all. Keyed by identity, holding what it is keyed by.
+    """
 
     def __init__(self) -> None:
         self._key: tuple[Any, ...] = ()
@@ -176,7 +184,7 @@ _FIRST_BOND = _FirstBond()
 
 
 def _left_singular(matrix: Array, rank: int) -> tuple[Array, Array]:
-    """Leading left singular vectors [rows, rank] and singular values [rank], largest first, through the smaller Gram matrix."""
+    """Leading left singular vectors [rows, rank] and values [rank], largest first, through the smaller Gram matrix."""
     rows, cols = matrix.shape
     if rows <= cols:
         values, vectors = _eigh(matrix @ matrix.T, rank)
@@ -237,7 +245,8 @@ def _solve(gram: Array, right: Array) -> Array:
 def suggest(out: int, in_: int, ratio: float, multiple: int) -> list[Spec]:
     """Trains of three cores in both split forms and of two in interleaved order, where the dimensions factor.
 
-    Bonds inside a half are kept at a share of their maximum that matches the ratio; the planner prices and measures all of them.
+    Bonds inside a half are kept at a share of their maximum that matches the ratio; the planner prices and
+    measures all of them.
     """
     specs: list[Spec] = []
     o1, o2 = _balanced(out, multiple)

@@ -1,1 +1,1 @@
-"""Quality, always against the dense model and always on held-out text: embeddings for encoders, KL and perplexity for causal LMs."""
+"""Quality, against the dense model and on held-out text: embeddings for encoders, KL and perplexity for causal LMs."""

@@ -51,7 +51,9 @@ def torch_embedder(model: transformers.PreTrainedModel, tokenizer: Any, pooling:
         result: NDArray[np.float32] | None = None
         for start in range(0, len(order), batch):
             rows = order[start : start + batch]
-            tokens = tokenizer([sentences[i] for i in rows], padding=True, truncation=True, max_length=256, return_tensors="pt")
+            tokens = tokenizer(
+                [sentences[i] for i in rows], padding=True, truncation=True, max_length=256, return_tensors="pt"
+            )
             with torch.no_grad():
                 vectors = embed_batch(model, dict(tokens), pooling).float().numpy()
             if result is None:
@@ -85,7 +87,9 @@ def read_sts(file: Path) -> Pairs:
     try:
         return Pairs(tuple(r[5] for r in rows), tuple(r[6] for r in rows), tuple(float(r[4]) for r in rows))
     except (IndexError, ValueError) as error:
-        raise UsageError(f"{file}: not an STS-Benchmark file (score in column 5, sentences in 6 and 7, tab-separated)") from error
+        raise UsageError(
+            f"{file}: not an STS-Benchmark file (score in column 5, sentences in 6 and 7, tab-separated)"
+        ) from error
 
 
 def pair_similarities(embed: Embed, pairs: Pairs) -> NDArray[np.float64]:

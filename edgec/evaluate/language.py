@@ -1,4 +1,4 @@
-"""Causal-LM quality: KL divergence from the dense model, perplexity ratio and top-1 agreement, per token of held-out text."""
+"""Causal-LM quality per token of held-out text: KL from the dense model, perplexity ratio, top-1 agreement."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ Logits = Callable[[NDArray[np.int64]], NDArray[np.float32]]
 @dataclass(frozen=True)
 class LanguageQuality:
     """kl: mean KL(dense ‖ other) [nats per token]; low, high: its bootstrap 95 % interval over windows.
-    perplexity, dense_perplexity: exp of the mean next-token loss. top1: share of tokens with the same most likely successor."""
+    perplexity, dense_perplexity: exp of the mean next-token loss. top1: share of tokens with the same most likely
+    successor.
+    """
 
     kl: float
     low: float

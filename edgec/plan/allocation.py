@@ -1,7 +1,9 @@
-"""Spend a budget over the layers: Lagrangian allocation on predicted losses, then a choice between whole plans by measurement.
+"""Spend a budget over the layers: Lagrangian allocation on predicted losses, then a choice between whole plans by
+measurement.
 
-Predicted losses add up (K-FAC, see `profile/activations.py`), so the best plan under a byte budget takes from every layer's lower convex
-hull the point where one more byte buys the same everywhere; walking all hulls by steepest descent first is that allocation.
+Predicted losses add up (K-FAC, see `profile/activations.py`), so the best plan under a byte budget takes from
+every layer's lower convex hull the point where one more byte buys the same everywhere; walking all hulls by
+steepest descent first is that allocation.
 """
 
 from __future__ import annotations
@@ -77,7 +79,9 @@ def allocate(items: Sequence[Sequence[Option]], budget_bytes: float) -> list[Cho
     hulls = [hull(options) for options in items]
     spent = sum(h[0].bytes for h in hulls)
     if spent > budget_bytes:
-        raise BudgetError(f"needs at least {_mb(spent)} (every layer at its smallest), the budget leaves {_mb(budget_bytes)}")
+        raise BudgetError(
+            f"needs at least {_mb(spent)} (every layer at its smallest), the budget leaves {_mb(budget_bytes)}"
+        )
     position = [0] * len(hulls)
     queue = [(_slope(h[0], h[1]), i) for i, h in enumerate(hulls) if len(h) > 1]
     heapq.heapify(queue)
@@ -95,7 +99,7 @@ def allocate(items: Sequence[Sequence[Option]], budget_bytes: float) -> list[Cho
 
 
 def _fill(items: Sequence[Sequence[Option]], chosen: list[Option], left: float) -> list[Option]:
-    """Spend what the hulls left over: the best single swap that fits, again and again (options off the hull included)."""
+    """Spend what the hulls left over: the best single swap that fits, again and again, off the hull as well."""
     chosen = list(chosen)
     while True:
         best: tuple[float, int, Option] | None = None
@@ -111,8 +115,10 @@ def _fill(items: Sequence[Sequence[Option]], chosen: list[Option], left: float) 
         chosen[i] = option
 
 
-def pick(plans: Sequence[tuple[str, list[Choice]]], evaluate: Callable[[list[Choice]], float]) -> tuple[str, list[Choice], dict[str, float]]:
-    """The plan with the least measured loss; ties go to the earlier one. NaN never wins. Returns (name, choices, all losses)."""
+def pick(
+    plans: Sequence[tuple[str, list[Choice]]], evaluate: Callable[[list[Choice]], float]
+) -> tuple[str, list[Choice], dict[str, float]]:
+    """The plan with the least measured loss: (name, choices, all losses). Ties go to the earlier; NaN never wins."""
     measured = {name: evaluate(choices) for name, choices in plans}
     best_name, best = min(plans, key=lambda plan: measured[plan[0]] if not math.isnan(measured[plan[0]]) else math.inf)
     if not measured[best_name] < math.inf:

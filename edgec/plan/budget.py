@@ -15,8 +15,10 @@ _BPW = re.compile(r"(\d+(?:\.\d+)?)bpw(-linear)?", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Budget:
-    """kind: "size" [bytes of the whole output folder], "ratio" [of the dense fp16 weights], "total" [bits per distinct parameter,
-    model file and external data], "linear" [bits per parameter of the block linears; everything else at int8]."""
+    """kind: "size" [bytes of the whole output folder], "ratio" [of the dense fp16 weights], "total" [bits per
+    distinct parameter, model file and external data], "linear" [bits per parameter of the block linears;
+    everything else at int8].
+    """
 
     kind: str
     value: float
@@ -28,7 +30,8 @@ class Budget:
     def model_bytes(self, parameters: int, runtime_files: int = 0) -> float:
         """Bytes that model file and external data may take; infinite for a linear budget, which caps linears only.
 
-        parameters: distinct ones of the checkpoint. runtime_files: bytes of tokenizer and configuration beside the model.
+        parameters: distinct ones of the checkpoint. runtime_files: bytes of tokenizer and configuration beside
+        the model.
         """
         match self.kind:
             case "size":
@@ -59,6 +62,7 @@ def parse_budget(text: str) -> Budget:
             budget = Budget("ratio", math.nan, stripped)
     if not (math.isfinite(budget.value) and budget.value > 0):
         raise UsageError(
-            f"budget {text!r}: expected a size (12MB), a ratio of the dense fp16 weights (0.3), or bits per weight (4bpw, 4bpw-linear)"
+            f"budget {text!r}: expected a size (12MB), a ratio of the dense fp16 weights (0.3), or bits per weight "
+            "(4bpw, 4bpw-linear)"
         )
     return budget

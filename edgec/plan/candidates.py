@@ -20,7 +20,10 @@ FALLBACK = CoreFormat(16)
 def candidates(
     targets: Sequence[Target], role: str, shape: tuple[int, int], *, incompressible: bool = False, tied: bool = False
 ) -> list[tuple[Spec, CoreFormat]]:
-    """Everything that at least one of the targets can execute for the layer, dense first. tied: the head of a tied pair."""
+    """Everything that at least one of the targets can execute for the layer, dense first.
+
+    tied: the layer is the head of a tied pair.
+    """
     found = [(Spec("dense"), FALLBACK)]
     for target in targets:
         dense = target.embedding_formats if role == "embedding" or tied else target.dense_formats
@@ -32,11 +35,12 @@ def candidates(
                 for spec in decompose.get(kind).suggest(*shape, ratio, target.rank_multiple):
                     if spec.kind != "dense":
                         found += [(spec, CoreFormat.parse(name)) for name in target.factored_formats]
-    usable = [c for c in dict.fromkeys(found) if any(executable(t, role, shape, *c, tied=tied) for t in targets)]
-    return usable
+    return [c for c in dict.fromkeys(found) if any(executable(t, role, shape, *c, tied=tied) for t in targets)]
 
 
-def executable(target: Target, role: str, shape: tuple[int, int], spec: Spec, fmt: CoreFormat, *, tied: bool = False) -> bool:
+def executable(
+    target: Target, role: str, shape: tuple[int, int], spec: Spec, fmt: CoreFormat, *, tied: bool = False
+) -> bool:
     """Can the target run this choice on its fast kernels, or, for floats, at all?"""
     if not fmt.quantised:
         return True
@@ -53,6 +57,6 @@ def executable(target: Target, role: str, shape: tuple[int, int], spec: Spec, fm
 
 
 def uniform(shape: tuple[int, int], ratio: float, multiple: int) -> Spec:
-    """The low-rank spec of a layer at one parameter ratio for all layers; dense where the layer is too small to save anything."""
+    """The low-rank spec of a layer at one parameter ratio for all layers; dense where the rank would save nothing."""
     specs = decompose.get("svd").suggest(*shape, ratio, multiple) if ratio < 1 else []
     return specs[0] if specs else Spec("dense")

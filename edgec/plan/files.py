@@ -1,4 +1,7 @@
-"""Plans and other YAML that people edit: YAML 1.2 (so `no` is a string and `010` is ten), no tags, no aliases, no duplicate keys."""
+"""Plans and other YAML that people edit.
+
+YAML 1.2, so that `no` is a string and `010` is ten; no tags, no aliases, no duplicate keys.
+"""
 
 from __future__ import annotations
 
@@ -64,7 +67,8 @@ def write_plan(plan: Plan) -> str:
     yaml.dump(body, stream)
     return (
         "# edgec plan. Edit kind, ranks, modes and format of any layer; `edgec compress --plan` obeys.\n"
-        "# Sizes are computed again on reading; error and loss are what was measured for the original choice.\n" + stream.getvalue()
+        "# Sizes are computed again on reading; error and loss are what was measured for the original choice.\n"
+        + stream.getvalue()
     )
 
 

@@ -1,8 +1,8 @@
 """Makes the Plan: from a profile under a budget, or from a constraint that bypasses the search.
 
-Whatever the allocation predicts, the plan that ships is the one that *measured* best on text the statistics did not see: the allocated
-plan and the best uniform plan of every kind are each tried end to end through the `evaluate` callback, so searching can
-never do worse than not searching.
+Whatever the allocation predicts, the plan that ships is the one that *measured* best on text the statistics did
+not see: the allocated plan and the best uniform plan of every kind are each tried end to end through the
+`evaluate` callback, so searching can never do worse than not searching.
 """
 
 from __future__ import annotations
@@ -30,27 +30,37 @@ Evaluate = Callable[[list[Choice]], float]
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a budget is counted against. parameters: distinct ones of the checkpoint. other_bytes: what ships in the model file beside
-    the planned layers. runtime_files: tokenizer and configuration beside the model file [bytes]."""
+    """What a budget is counted against. parameters: distinct ones of the checkpoint. other_bytes: what ships in
+    the model file beside the planned layers. runtime_files: tokenizer and configuration beside the model file
+    [bytes].
+    """
 
     parameters: int
     other_bytes: int
     runtime_files: int = 0
 
 
-def plan_to_budget(profile: Profile, target: Target, budget: Budget, sizes: Sizes, evaluate: Evaluate | None = None) -> Plan:
+def plan_to_budget(
+    profile: Profile, target: Target, budget: Budget, sizes: Sizes, evaluate: Evaluate | None = None
+) -> Plan:
     """The best measured plan within the budget. Raises BudgetError naming the floor when there is none."""
     choices = {p.name: _offered(p, target) for p in profile.layers}
     tied = [(p.name, p.tied_to) for p in profile.layers if p.tied_to]
     plans = [("allocated", _allocate(choices, tied, budget, sizes))]
-    notes = [f"{p.name}: incompressible (spectrum of a random matrix), kept dense" for p in profile.layers if p.incompressible]
+    notes = [
+        f"{p.name}: incompressible (spectrum of a random matrix), kept dense"
+        for p in profile.layers
+        if p.incompressible
+    ]
     if evaluate is not None:
         plans += _uniform_rivals(choices, tied, target, budget, sizes)
         name, chosen, measured = pick(plans, evaluate)
         notes.append("measured loss: " + ", ".join(f"{n} {v:.3g}" for n, v in measured.items()) + f"; chosen: {name}")
     else:
         chosen = plans[0][1]
-    return Plan(profile.fingerprint, target.name, str(budget), _ordered(chosen, profile), sizes.other_bytes, tuple(notes))
+    return Plan(
+        profile.fingerprint, target.name, str(budget), _ordered(chosen, profile), sizes.other_bytes, tuple(notes)
+    )
 
 
 def _offered(layer: LayerProfile, target: Target) -> list[Choice]:
@@ -75,13 +85,15 @@ def _allocate(
         return allocate(layer_items(list(choices.values()), tied), left)
     except BudgetError as error:
         raise BudgetError(
-            f"budget {budget} is below the floor: the planned layers alone, {error}; {sizes.other_bytes / 1e6:.2f} MB of norms, biases and "
-            "graph and the files beside the model come on top. Raise --budget"
+            f"budget {budget} is below the floor: the planned layers alone, {error}; {sizes.other_bytes / 1e6:.2f} MB "
+            "of norms, biases and graph and the files beside the model come on top. Raise --budget"
         ) from error
 
 
 def _at_int8(choices: dict[str, list[Choice]], tied: Sequence[tuple[str, str]]) -> list[Choice]:
-    """Embeddings and head at int8 (the best 8-bit format the target has, else the best of all), as figures on linears keep them."""
+    """Embeddings and head at int8, as figures on linears keep them: the best 8-bit format that the target has, else
+    the best of all.
+    """
     heads = {head for head, _ in tied}
     found = []
     for name, offered in choices.items():
@@ -100,7 +112,9 @@ def _at_int8(choices: dict[str, list[Choice]], tied: Sequence[tuple[str, str]]) 
 def _uniform_rivals(
     choices: dict[str, list[Choice]], tied: Sequence[tuple[str, str]], target: Target, budget: Budget, sizes: Sizes
 ) -> list[tuple[str, list[Choice]]]:
-    """The best feasible uniform plan of every kind by predicted loss: dense at one format, low rank at one ratio and format."""
+    """The best feasible uniform plan of every kind by predicted loss: dense at one format, low rank at one ratio and
+    format.
+    """
     best: dict[str, tuple[float, str, list[Choice]]] = {}
     variants: list[tuple[str, float, str]] = [("dense", 1.0, f) for f in target.dense_formats]
     variants += [("svd " + f, ratio, f) for f in target.factored_formats for ratio in RATIOS]
@@ -143,9 +157,12 @@ def _ordered(choices: Iterable[Choice], profile: Profile) -> tuple[Choice, ...]:
     return tuple(by_name[p.name] for p in profile.layers if p.name in by_name)
 
 
-def constrained_plan(text: str, layers: Sequence[Layer], target: Target, fingerprint: str, other_bytes: int = 0) -> Plan:
-    """A plan that bypasses the search. text: "uniform:RATIO[:FORMAT]" (every block linear and the head at that share of its parameters)
-    or "dense:FORMAT" (no factoring; "dense:fp32" is the dense model). Raises UsageError."""
+def constrained_plan(
+    text: str, layers: Sequence[Layer], target: Target, fingerprint: str, other_bytes: int = 0
+) -> Plan:
+    """A plan that bypasses the search. text: "uniform:RATIO[:FORMAT]" (every block linear and the head at that
+    share of its parameters) or "dense:FORMAT" (no factoring; "dense:fp32" is the dense model). Raises UsageError.
+    """
     kind, _, rest = text.partition(":")
     if kind == "uniform" and rest:
         value, _, name = rest.partition(":")
@@ -169,7 +186,8 @@ def _uniform_choices(layers: Sequence[Layer], target: Target, ratio: float, fmt:
         own = fmt
         if layer.role == "embedding":
             spec = Spec("dense")
-            if fmt.quantised:  # tables are looked up, not multiplied: they follow the cores' bits where a lookup kernel has them
+            # Tables are looked up, not multiplied: they follow the cores' bits where a lookup kernel has them.
+            if fmt.quantised:
                 names = [n for n in target.embedding_formats if CoreFormat.parse(n).bits == max(4, fmt.bits)]
                 own = CoreFormat.parse((names or list(target.embedding_formats))[0])
         else:
@@ -185,7 +203,7 @@ def _uniform_choices(layers: Sequence[Layer], target: Target, ratio: float, fmt:
 
 
 def make_choice(layer: Layer, spec: Spec, fmt: CoreFormat, *, shared: bool = False) -> Choice:
-    """A Choice with its costs, before any numbers are looked at. shared: the bytes are already counted for the tied table."""
+    """A Choice with its costs, before any numbers are looked at. shared: the tied table already counts the bytes."""
     return Choice(
         layer=layer.name,
         role=layer.role,
@@ -207,7 +225,9 @@ def check_plan(plan: Plan, layers: Sequence[Layer], target: Target, fingerprint:
         if layer is None:
             raise PlanError(f"the plan names layer {choice.layer!r}, which the model does not have")
         if layer.shape != choice.shape or layer.role != choice.role:
-            raise PlanError(f"layer {layer.name!r} is {layer.role} {layer.shape}, the plan says {choice.role} {choice.shape}")
+            raise PlanError(
+                f"layer {layer.name!r} is {layer.role} {layer.shape}, the plan says {choice.role} {choice.shape}"
+            )
         fmt = CoreFormat.parse(choice.format)
         try:
             contraction_of(choice.spec, choice.shape, choice.role)
@@ -215,5 +235,6 @@ def check_plan(plan: Plan, layers: Sequence[Layer], target: Target, fingerprint:
             raise PlanError(f"layer {layer.name!r}: {error}") from error
         if not executable(target, layer.role, layer.shape, choice.spec, fmt, tied=layer.tied_to is not None):
             raise PlanError(
-                f"layer {layer.name!r}: {target.name} does not execute {choice.spec} in {fmt}; `edgec targets {target.name}` lists what it does"
+                f"layer {layer.name!r}: {target.name} does not execute {choice.spec} in {fmt}; "
+                f"`edgec targets {target.name}` lists what it does"
             )

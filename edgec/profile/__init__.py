@@ -1,1 +1,1 @@
-"""What a checkpoint's layers are like: spectra and entropies of the weights, second moments of what flows through them."""
+"""What a checkpoint's layers are like: spectra and entropies of weights, second moments of what flows through them."""

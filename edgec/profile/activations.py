@@ -1,10 +1,11 @@
 """Second moments of what flows into every layer, and curvature of the end-to-end loss at what flows out.
 
-For a layer y = W x, with H = E[x xᵀ] over calibration tokens and G = E[g gᵀ] for the gradient g of the end-to-end divergence at y,
-a replacement W̃ adds about ½ tr(G (W − W̃) H (W − W̃)ᵀ) to that divergence: the Kronecker-factored Gauss–Newton approximation (K-FAC,
-Martens & Grosse 2015, arXiv 1503.05671, §3). One forward pass measures H and one backward pass measures G, so layers become comparable
-without trying each one end to end. Gradients are of the *model's own* divergence, not of a task: labels are drawn from the model's
-softmax (causal LMs), or a Gaussian probe of the embedding (encoders), which makes E[g gᵀ] the exact Gauss–Newton matrix at y.
+For a layer y = W x, with H = E[x xᵀ] over calibration tokens and G = E[g gᵀ] for the gradient g of the end-to-end
+divergence at y, a replacement W̃ adds about ½ tr(G (W − W̃) H (W − W̃)ᵀ) to that divergence: the
+Kronecker-factored Gauss–Newton approximation (K-FAC, Martens & Grosse 2015, arXiv 1503.05671, §3). One forward
+pass measures H and one backward pass measures G, so layers become comparable without trying each one end to end.
+Gradients are of the *model's own* divergence, not of a task: labels are drawn from the model's softmax (causal
+LMs), or a Gaussian probe of the embedding (encoders), which makes E[g gᵀ] the exact Gauss–Newton matrix at y.
 """
 
 from __future__ import annotations
@@ -34,8 +35,11 @@ MAX_CURVATURE = 4096
 
 @dataclass(frozen=True, eq=False)
 class Statistics:
-    """second_moments: layer → H, float32 [in, in]; [v] token frequencies for an embedding. Layers that share an input share the array.
-    curvatures: layer → G, float32 [out, out], or its diagonal [out]. tokens: how many were seen."""
+    """What flowed through every layer.
+
+    second_moments: layer → H, float32 [in, in]; token frequencies [v] for an embedding. Layers that share an input
+    share the array. curvatures: layer → G, float32 [out, out], or its diagonal [out]. tokens: how many were seen.
+    """
 
     second_moments: Mapping[str, Array]
     curvatures: Mapping[str, Array]
@@ -43,7 +47,7 @@ class Statistics:
     _shared: dict[int, SecondMoment] = field(default_factory=dict, repr=False)
 
     def moment(self, name: str) -> SecondMoment | None:
-        """The layer's H with its cached factorizations, one object for all layers that share the array; None for tables."""
+        """The layer's H with its cached factorizations, one for all layers that share the array; None for tables."""
         array = self.second_moments.get(name)
         if array is None or array.ndim != 2:
             return None

@@ -1,8 +1,8 @@
 """Entanglement entropy of a weight across a cut, and what a random matrix of its shape would have.
 
-W is read as a state on (outputs ⊗ inputs). Its normalised squared singular values p_i are the Schmidt spectrum; the von Neumann
-entropy S = −Σ p_i ln p_i says how many bond states a train needs there: χ ≳ exp(S) (area law, see Eisert et al. 2010). A random
-matrix has no structure to find; its entropy is the yardstick for "incompressible".
+W is read as a state on (outputs ⊗ inputs). Its normalised squared singular values p_i are the Schmidt spectrum;
+the von Neumann entropy S = −Σ p_i ln p_i says how many bond states a train needs there: χ ≳ exp(S) (area law, see
+Eisert et al. 2010). A random matrix has no structure to find; its entropy is the yardstick for "incompressible".
 """
 
 from __future__ import annotations
@@ -15,13 +15,15 @@ from numpy.typing import NDArray
 from scipy.linalg import eigvalsh
 
 RANDOM_SHARE = 0.99
-"""A cut whose entropy reaches this share of a random matrix's is called incompressible. Gaussian matrices from 64 × 64 on lie
-within 0.01 of 1; a few trained matrices do too (2 of the 36 of all-MiniLM-L6-v2), and lose nothing by being left dense."""
+"""A cut whose entropy reaches this share of a random matrix's is called incompressible. Gaussian matrices from 64 × 64
+on lie within 0.01 of 1; a few trained matrices do too (2 of the 36 of all-MiniLM-L6-v2), and lose nothing by being
+left dense.
+"""
 
 
 def singular_values(weight: NDArray[Any]) -> NDArray[np.float64]:
     """Singular values of a matrix [n, m], largest first, through its smaller Gram matrix."""
-    w = np.asarray(weight, dtype=np.float64 if min(weight.shape) <= 1024 else np.float32)
+    w: NDArray[Any] = np.asarray(weight, dtype=np.float64 if min(weight.shape) <= 1024 else np.float32)
     gram = w @ w.T if w.shape[0] <= w.shape[1] else w.T @ w
     return np.asarray(np.sqrt(np.maximum(eigvalsh(gram, check_finite=False), 0))[::-1], dtype=np.float64)
 

@@ -1,4 +1,4 @@
-"""Builds a Profile: spectra and entropies of the weights, statistics of the activations, and a score for every candidate."""
+"""Builds a Profile: spectra and entropies of weights, statistics of activations, and a score for every candidate."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Progress = Callable[[str, int, int], None]
 """(stage, done, total)."""
 
 _WORTHWHILE = 0.98
-"""A train must beat the low-rank form of equal size by 2 % in functional error before its quantised forms are scored."""
+"""A train must beat the low-rank form of its size by 2 % in functional error before its quantised forms are scored."""
 
 Array = NDArray[Any]
 
@@ -48,7 +48,14 @@ def describe(layer: Layer, weight: Array) -> LayerProfile:
     shapes = {"svd": layer.shape}
     incompressible = looks_random(entropy["svd"], *shapes["svd"]) if layer.role != "embedding" else False
     return LayerProfile(
-        layer.name, layer.role, layer.shape, entropy, random, tuple(float(s) for s in singular), incompressible, layer.tied_to
+        layer.name,
+        layer.role,
+        layer.shape,
+        entropy,
+        random,
+        tuple(float(s) for s in singular),
+        incompressible,
+        layer.tied_to,
     )
 
 
@@ -85,7 +92,7 @@ def build_profile(
     profiles = []
     for done, layer in enumerate(layers):
         tell("scoring", done, len(layers))
-        weight = model.get_submodule(layer.name).weight.detach().float().numpy()
+        weight = model.get_parameter(f"{layer.name}.weight").detach().float().numpy()
         try:
             described = describe(layer, weight)
             scored = Scorer(layer, weight, statistics, cache).score(candidates(layer, described.incompressible))
@@ -110,7 +117,7 @@ class Scorer:
         self.whole = self._squared(weight)
 
     def score(self, candidates: Sequence[tuple[Spec, CoreFormat]]) -> list[Choice]:
-        """One Choice per candidate, in order; trains that do not beat the low-rank form of their size are dropped unquantised."""
+        """One Choice per candidate, in order; trains that do not beat the low-rank form of their size are left out."""
         kept: dict[tuple[tuple[int, int], ...], bool] = {}
         choices = []
         for spec, fmt in candidates:
@@ -154,7 +161,9 @@ class Scorer:
         rank = min(max(1, size // sum(self.layer.shape)), min(self.layer.shape))
         plain = CoreFormat(32)
         train = self._squared(self.weight - fit(self.weight, spec, plain, moment=self.moment).dense())
-        low_rank = self._squared(self.weight - fit(self.weight, Spec("svd", (rank,)), plain, moment=self.moment).dense())
+        low_rank = self._squared(
+            self.weight - fit(self.weight, Spec("svd", (rank,)), plain, moment=self.moment).dense()
+        )
         return bool(np.sqrt(max(train, 0.0)) < _WORTHWHILE * np.sqrt(max(low_rank, 0.0)))
 
     def _squared(self, difference: Array) -> float:
@@ -167,17 +176,17 @@ class Scorer:
 
     def _loss(self, difference: Array) -> float | None:
         """½ tr(G E H Eᵀ): predicted end-to-end divergence [nats per token, or 1 − cosine]."""
-        g = self.curvature
+        g, e = self.curvature, difference.astype(np.float32)
         if g is None:
             return None
+        outer: Array
         if self.frequencies is not None:
-            e = difference.astype(np.float32)
             outer = (e * self.frequencies[:, None]).T @ e
-        elif self.moment is not None:
-            e = difference.astype(np.float32)
-            outer = e @ (self.moment.matrix.astype(np.float32) @ e.T) if g.ndim == 2 else None
-            if outer is None:
-                return 0.5 * float(g @ np.einsum("ij,ij->i", e @ self.moment.matrix.astype(np.float32), e))
-        else:
+        elif self.moment is None:
             return None
+        else:
+            h = self.moment.matrix.astype(np.float32)
+            if g.ndim == 1:
+                return 0.5 * float(g @ np.einsum("ij,ij->i", e @ h, e))
+            outer = e @ (h @ e.T)
         return 0.5 * float((g * outer).sum() if g.ndim == 2 else g @ np.diag(outer))

@@ -16,7 +16,7 @@ from edgec.checkpoint import Checkpoint, read_json
 from edgec.errors import EdgecError, ProfileError
 from edgec.outputs import staged_folder
 from edgec.profile.activations import Statistics
-from edgec.records import Choice, Spec
+from edgec.records import Choice
 
 PROFILE_VERSION = 1
 
@@ -25,9 +25,10 @@ PROFILE_VERSION = 1
 class LayerProfile:
     """One replaceable matrix.
 
-    entropy: cut → von Neumann entropy [nats]; "svd" is the cut between outputs and inputs, others are named by the left modes.
-    random: the same for a random matrix of that unfolding. singular: values at the svd cut, largest first.
-    incompressible: no cut differs from a random matrix's. candidates: every plan choice that was fitted and scored.
+    entropy: cut → von Neumann entropy [nats]; "svd" is the cut between outputs and inputs, others are named by the
+    left modes. random: the same for a random matrix of that unfolding. singular: values at the svd cut, largest
+    first. incompressible: the svd cut does not differ from a random matrix's. candidates: every plan choice that was
+    fitted and scored.
     """
 
     name: str
@@ -95,7 +96,9 @@ def load_profile(folder: Path, checkpoint: Checkpoint | None = None) -> Profile:
     try:
         body = read_json(folder / "profile.json")
         if body.get("version") != PROFILE_VERSION:
-            raise ProfileError(f"{folder}: profile version {body.get('version')}, this edgec reads {PROFILE_VERSION}; profile again")
+            raise ProfileError(
+                f"{folder}: profile version {body.get('version')}, this edgec reads {PROFILE_VERSION}; profile again"
+            )
         tensors = load_file(folder / "statistics.safetensors")
         for alias, key in body["aliases"].items():
             tensors[alias] = tensors[key]
@@ -116,14 +119,7 @@ def load_profile(folder: Path, checkpoint: Checkpoint | None = None) -> Profile:
 
 
 def _layer(entry: dict[str, Any]) -> LayerProfile:
-    candidates = tuple(choice_from_dict(c) for c in entry.pop("candidates"))
+    candidates = tuple(Choice.from_dict(c) for c in entry.pop("candidates"))
     entry["shape"] = tuple(entry["shape"])
     entry["singular"] = tuple(entry["singular"])
     return LayerProfile(**entry, candidates=candidates)
-
-
-def choice_from_dict(entry: dict[str, Any]) -> Choice:
-    """Inverse of dataclasses.asdict for a Choice (JSON has no tuples)."""
-    spec = entry["spec"]
-    structure = Spec(spec["kind"], tuple(spec["ranks"]), tuple((int(o), int(i)) for o, i in spec["modes"]))
-    return Choice(**{**entry, "spec": structure, "shape": tuple(entry["shape"])})

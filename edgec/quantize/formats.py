@@ -5,8 +5,9 @@ A quantised core [n, k] is cut into blocks along k; block j of row i holds integ
     w = (code − zero) · scale        code in 0 … 2^bits − 1, zero = 2^(bits − 1) unless zero points are stored
 
 which is `com.microsoft.MatMulNBits` exactly. Scales are stored as fp16 and cast to fp32 inside the graph:
-onnxruntime folds the cast when the session is created and packs the weights as if the scales had been fp32 (measured: same
-speed), so a block of 32 costs half a bit per weight instead of one. Storing fp32 scales was turned down for that reason.
+onnxruntime folds the cast when the session is created and packs the weights as if the scales had been fp32
+(measured: same speed), so a block of 32 costs half a bit per weight instead of one. Storing fp32 scales was
+turned down for that reason.
 """
 
 from __future__ import annotations
@@ -156,11 +157,13 @@ def storable_scales(scales: Array) -> Array:
 def block_grid(
     blocks: NDArray[np.float32], fmt: CoreFormat, importance: NDArray[np.float32] | None = None
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Scale and zero point of every block: blocks [..., block] → scales [...], zeros [...] (float32, zeros integral).
+    """Scale and zero point of every block: blocks [..., block] → scales [...], zeros [...] (float32, zeros
+    integral).
 
-    The scale is searched on a short grid below the one that just covers the extremes, minimising the squared error weighted
-    by `importance` [..., block] (broadcast; the diagonal of H): clipping a few extremes a little is nearly always better
-    at 4 bits and below. The side of the asymmetric integer range is part of the search, as a signed scale.
+    The scale is searched on a short grid below the one that just covers the extremes, minimising the squared
+    error weighted by `importance` [..., block] (broadcast; the diagonal of H): clipping a few extremes a little
+    is nearly always better at 4 bits and below. The side of the asymmetric integer range is part of the search,
+    as a signed scale.
     """
     top = np.float32((1 << fmt.bits) - 1)
     if fmt.zero_points:

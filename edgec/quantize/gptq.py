@@ -1,5 +1,6 @@
-"""GPTQ (Frantar et al. 2023, arXiv 2210.17323, Algorithm 1): each column's rounding error is pushed into the columns not yet
-rounded, along the inverse second moment of the input, so that the error of the *output* W x stays small.
+"""GPTQ (Frantar et al. 2023, arXiv 2210.17323, Algorithm 1): each column's rounding error is pushed into the
+columns not yet rounded, along the inverse second moment of the input, so that the error of the *output* W x stays
+small.
 
 Columns keep their order: the reordering of the original (`act_order`) needs a g_idx input, which disables
 MatMulNBits' packed kernels.
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from edgec.moments import SecondMoment
 from edgec.quantize.formats import CoreFormat, QuantizedTensor, block_grid, encode, pad_blocks, storable_scales
 from edgec.quantize.rtn import quantize as rtn
+
 
 def quantize(core: NDArray[Any], fmt: CoreFormat, second_moment: SecondMoment | None = None) -> QuantizedTensor:
     """core [n, k], second_moment of the core's input (k wide) → QuantizedTensor. Without one, falls back to RTN."""

@@ -24,7 +24,8 @@ def quantize(core: NDArray[Any], fmt: CoreFormat, second_moment: SecondMoment | 
         importance = pad_blocks(second_moment.diagonal[None, :], fmt)
     rows = max(1, _CHUNK_VALUES // max(1, k))
     starts = range(0, n, rows)
-    with ThreadPoolExecutor(max_workers=2) as pool:  # numpy releases the GIL; order is kept, so the result is deterministic
+    # numpy releases the GIL; the order of the parts is kept, so the result is deterministic.
+    with ThreadPoolExecutor(max_workers=2) as pool:
         parts = list(pool.map(lambda i: _quantize_rows(core[i : i + rows], fmt, importance), starts))
     codes = np.concatenate([p[0] for p in parts])
     scales = np.concatenate([p[1] for p in parts])

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from edgec.errors import ExportError, UnsupportedModelError
 from edgec.export.onnx.fusion import MODULE, fuse, simplify
 from edgec.export.onnx.graph import DenseGraph
-from edgec.pooling import MODES, Pooling, read_pooling
+from edgec.pooling import Pooling, read_pooling
 
 __all__ = ["TASKS", "DenseGraph", "Pooling", "export_encoder", "read_pooling"]
 
@@ -53,8 +53,6 @@ def export_encoder(
     """
     if task not in TASKS:
         raise UnsupportedModelError(f"task {task!r}: the encoder front end exports {', '.join(TASKS)}")
-    if pooling is not None and pooling.mode not in MODES.values():
-        raise UnsupportedModelError(f"pooling {pooling.mode!r}: the exporter knows {', '.join(MODES.values())}")
     name = type(model).__name__
     wrapper = _Encoder(model, pooling)
     inputs = _example(model)

@@ -1,7 +1,9 @@
-"""The ONNX lowering of a contraction: replace a dense node by MatMul / MatMulNBits / GatherBlockQuantized and plain rearrangement.
+"""The ONNX lowering of a contraction: replace a dense node by MatMul / MatMulNBits / GatherBlockQuantized and
+plain rearrangement.
 
-A pass over a `DenseGraph`. Requires: every planned layer's node is in the graph, its weight an initializer. Ensures: the node is gone, its
-dense weight too (unless another node still reads it), its output carries the same name and shape. The dense graph is consumed.
+A pass over a `DenseGraph`. Requires: every planned layer's node is in the graph, its weight an initializer.
+Ensures: the node is gone, its dense weight too (unless another node still reads it), its output carries the same
+name and shape. The dense graph is consumed.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ MICROSOFT = "com.microsoft"
 
 
 class OnnxOps:
-    """`edgec.contraction.Ops` that emits nodes. Values have `leading` axes that no step touches, then the trailing ones."""
+    """`edgec.contraction.Ops` that emits nodes. Values have `leading` axes that no step touches, then trailing ones."""
 
     def __init__(self, prefix: str, cores: Mapping[str, Core], leading: int, accuracy_level: int) -> None:
         self.prefix, self.cores, self.leading, self.accuracy_level = prefix, cores, leading, accuracy_level
@@ -42,7 +44,8 @@ class OnnxOps:
     def matmul(self, x: ir.Value, core: str) -> ir.Value:
         stored = self.cores[core]
         if not isinstance(stored, QuantizedTensor):
-            # Stored [in, out] so that the runtime multiplies without transposing; fp16 is cast once, when the session is created.
+            # Stored [in, out] so that the runtime multiplies without transposing; fp16 is cast once, when the session
+            # is created.
             return self._node("MatMul", [x, self._float(core, np.ascontiguousarray(stored.T))], name=core)
         n, k = stored.shape
         inputs = [x, self._constant(core + ".codes", stored.packed()), self._float(core + ".scales", stored.scales)]
@@ -64,7 +67,9 @@ class OnnxOps:
         blocks = self._plain(core)
         g, b, _ = blocks.shape
         split = self.reshape(x, (g, 1, b), 1)
-        product = self._node("MatMul", [split, self._float(core, np.ascontiguousarray(blocks.transpose(0, 2, 1)))], name=core)
+        product = self._node(
+            "MatMul", [split, self._float(core, np.ascontiguousarray(blocks.transpose(0, 2, 1)))], name=core
+        )
         return self.reshape(product, (g * b,), 3)
 
     def scale(self, x: ir.Value, core: str) -> ir.Value:
@@ -116,7 +121,9 @@ class OnnxOps:
         self.initializers.append(value)
         return value
 
-    def _node(self, op: str, inputs: list[ir.Value], *, domain: str = "", name: str = "", **attributes: Any) -> ir.Value:
+    def _node(
+        self, op: str, inputs: list[ir.Value], *, domain: str = "", name: str = "", **attributes: Any
+    ) -> ir.Value:
         title = f"{self.prefix}/{name or f'step{len(self.nodes)}'}/{op}"
         node = ir.node(op, inputs, attributes=attributes, domain=domain, name=title)
         output = node.outputs[0]
@@ -158,7 +165,7 @@ def _replace(model: ir.Graph, node: ir.Node, name: str, fitted: Factors, lookup:
 
 
 def _leading(x: ir.Value, lookup: bool, name: str) -> int:
-    """How many leading axes x has; the graph's shape inference knows, and 3-D activations are the rule where it does not."""
+    """How many leading axes x has: the graph's shape inference knows; where it does not, activations are 3-D."""
     if x.shape is not None:
         return len(x.shape) if lookup else len(x.shape) - 1
     return 2

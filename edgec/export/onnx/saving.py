@@ -1,7 +1,8 @@
 """model.onnx and model.onnx.data: the graph and its weights, equal tensors stored once.
 
-Written here rather than by onnx_ir's own writer because a tied head and embedding must share their bytes: the same range of the data file
-serves the 3-D layout that MatMulNBits wants and the 2-D one of GatherBlockQuantized, which onnxruntime maps twice at no cost.
+Written here rather than by onnx_ir's own writer because a tied head and embedding must share their bytes: the
+same range of the data file serves the 3-D layout that MatMulNBits wants and the 2-D one of GatherBlockQuantized,
+which onnxruntime maps twice at no cost.
 """
 
 from __future__ import annotations
@@ -22,7 +23,10 @@ _SMALL = 1024
 
 
 def save_model(model: ir.Model, folder: Path, progress: Callable[[int, int], None] | None = None) -> dict[str, int]:
-    """Write both files into `folder` (no data file when nothing is large). Returns initializer name → stored bytes, shared ones once."""
+    """Write both files into `folder` (no data file when nothing is large).
+
+    Returns initializer name → stored bytes; of those that share their bytes, all but the first count 0.
+    """
     sizes: dict[str, int] = {}
     places: dict[str, tuple[int, int]] = {}
     external: dict[str, ir.ExternalTensor] = {}
@@ -44,7 +48,15 @@ def save_model(model: ir.Model, folder: Path, progress: Callable[[int, int], Non
             else:
                 sizes[name] = 0
             offset, length = places[digest]
-            external[name] = ir.ExternalTensor(DATA_FILE, offset, length, tensor.dtype, shape=tensor.shape, name=name, base_dir=folder)
+            external[name] = ir.ExternalTensor(
+                DATA_FILE,
+                offset,
+                length,
+                tensor.dtype,
+                shape=ir.Shape(tensor.shape.numpy()),
+                name=name,
+                base_dir=folder,
+            )
             if progress:
                 progress(done + 1, len(values))
     if not external:

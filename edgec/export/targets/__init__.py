@@ -1,4 +1,4 @@
-"""One file per target, found by file name: `PLUGIN = True` and `TARGET`, a `records.Target` named like the command's `--target`."""
+"""One file per target, found by file name: `PLUGIN = True` and `TARGET`, a `Target` named as `--target` names it."""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
-"""onnxruntime on arm64. KleidiAI's kernels want 4 bits, blocks of 32 and K a multiple of the block; there is no 2-bit in the wheels
-that phones carry, and 8-bit matmuls fail on some Android builds (onnxruntime #24769), so they are for embeddings only."""
+"""onnxruntime on arm64. KleidiAI's kernels want 4 bits, blocks of 32 and K a multiple of the block; there is no
+2-bit in the wheels that phones carry, and 8-bit matmuls fail on some Android builds (onnxruntime #24769), so they
+are for embeddings only.
+"""
 
 from edgec.records import Target
 

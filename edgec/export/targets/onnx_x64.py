@@ -1,4 +1,4 @@
-"""onnxruntime on x86-64. 2-bit kernels are fast at blocks of 64 and 128 (AVX-512 and AVX2); at 32 they are slower than 4-bit."""
+"""onnxruntime on x86-64. 2-bit kernels are fast at blocks of 64 and 128 (AVX-512, AVX2); at 32, slower than 4-bit."""
 
 from edgec.records import Target
 

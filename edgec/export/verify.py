@@ -1,0 +1,149 @@
+"""Nothing is called exported before it was run: parity with the compressed torch model, then quality of the very files that ship.
+
+`accuracy_level=4` quantises activations to int8 inside the kernels, about half a percent per matmul, which would hide a wiring error. So
+structure is checked on a copy of the graph without it, sharing the same weights, against a tight tolerance; what int8
+activations cost is measured separately and is part of the quality figures.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+import torch
+import transformers
+from numpy.typing import NDArray
+
+from edgec.calibration import Batches
+from edgec.errors import VerificationError
+from edgec.export.onnx.saving import DATA_FILE, MODEL_FILE
+from edgec.modeling import DECODER_TASK
+from edgec.runtime.options import RuntimeOptions, import_onnxruntime, session_options
+from edgec.runtime.ort_decoder import OrtDecoder
+from edgec.runtime.ort_encoder import OrtEncoder
+
+Floats = NDArray[np.float32]
+
+PARITY_TOLERANCE = 2e-3
+"""Largest relative difference between the graph with float activations and torch on the same cores. Measured: 1e-6 to 2e-4."""
+
+
+@dataclass(frozen=True)
+class Parity:
+    """error: ‖graph − torch‖ ÷ ‖torch‖ over all outputs, activations in float. shipped: the same for the graph as it ships."""
+
+    error: float
+    shipped: float
+    tolerance: float = PARITY_TOLERANCE
+
+
+def verify_parity(folder: Path, reference: transformers.PreTrainedModel, task: str, batches: Batches) -> Parity:
+    """Run the exported folder and the compressed torch model on the same tokens. Raises VerificationError."""
+    inputs = _probe(batches)
+    expected = torch_outputs(reference, task, inputs)
+    with float_activations(folder) as plain:
+        error = _relative(onnx_outputs(plain, task, inputs), expected)
+    shipped = _relative(onnx_outputs(folder, task, inputs), expected)
+    if not error <= PARITY_TOLERANCE:
+        raise VerificationError(
+            f"verify: the exported graph differs from the compressed model by {error:.2e} (relative), at most {PARITY_TOLERANCE:.0e} is "
+            "allowed; this is a fault of edgec or of the runtime, please report it with the model's config.json"
+        )
+    return Parity(error, shipped)
+
+
+def _probe(batches: Batches) -> list[dict[str, torch.Tensor]]:
+    """A few short batches: enough to exercise padding, small enough to be quick."""
+    return [{name: tensor[:4, :64] for name, tensor in batch.items()} for batch in batches.items[:2]]
+
+
+def torch_outputs(
+    model: transformers.PreTrainedModel, task: str, inputs: list[dict[str, torch.Tensor]]
+) -> list[Floats]:
+    """Logits or last hidden states of every batch, padding rows zeroed: float32 [B, T, d]."""
+    outputs = []
+    with torch.no_grad():
+        for batch in inputs:
+            result = model(**batch)
+            values = result.logits if task == DECODER_TASK else result.last_hidden_state
+            outputs.append((values.float() * batch["attention_mask"].unsqueeze(-1)).numpy())
+    return outputs
+
+
+def onnx_outputs(folder: Path, task: str, inputs: list[dict[str, torch.Tensor]]) -> list[Floats]:
+    """The same from an exported folder, through plain onnxruntime."""
+    if task == DECODER_TASK:
+        decoder = OrtDecoder(folder)
+        return [
+            np.stack([_padded(decoder.logits(row[: int(mask.sum())].numpy()), len(row)) for row, mask in _rows(batch)])
+            for batch in inputs
+        ]
+    session = import_onnxruntime().InferenceSession(
+        str(folder / MODEL_FILE), session_options(RuntimeOptions()), ["CPUExecutionProvider"]
+    )
+    wanted = {i.name for i in session.get_inputs()}
+    outputs = []
+    for batch in inputs:
+        feeds = {name: tensor.numpy() for name, tensor in batch.items()}
+        feeds["token_type_ids"] = np.zeros_like(feeds["input_ids"])
+        values = session.run(["last_hidden_state"], {k: v for k, v in feeds.items() if k in wanted})[0]
+        outputs.append(values * feeds["attention_mask"][:, :, None])
+    return outputs
+
+
+def stacked_logits(decoder: OrtDecoder, ids: NDArray[np.int64]) -> Floats:
+    """Token ids [B, T] → logits [B, T, V], a row at a time."""
+    return np.stack([decoder.logits(row) for row in ids])
+
+
+def stacked_embeddings(encoder: OrtEncoder, batches: Batches) -> Floats:
+    """Embeddings [N, d] of every row of token batches, in their order."""
+    parts = []
+    for batch in batches.items:
+        tokens = {name: tensor.numpy() for name, tensor in batch.items()}
+        tokens["token_type_ids"] = np.zeros_like(tokens["input_ids"])
+        parts.append(encoder.forward(tokens))
+    return np.concatenate(parts)
+
+
+def _rows(batch: Mapping[str, torch.Tensor]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    return zip(batch["input_ids"], batch["attention_mask"], strict=True)
+
+
+def _padded(values: Floats, length: int) -> Floats:
+    padded = np.zeros((length, values.shape[1]), np.float32)
+    padded[: len(values)] = values
+    return padded
+
+
+def _relative(values: list[Floats], expected: list[Floats]) -> float:
+    difference = sum(float(((v - e).astype(np.float64) ** 2).sum()) for v, e in zip(values, expected, strict=True))
+    return float(np.sqrt(difference / sum(float((e.astype(np.float64) ** 2).sum()) for e in expected)))
+
+
+@contextmanager
+def float_activations(folder: Path) -> Iterator[Path]:
+    """A temporary folder beside `folder` with the same graph at accuracy_level 0; the weights are linked, not copied."""
+    proto = onnx.load(folder / MODEL_FILE, load_external_data=False)
+    for node in proto.graph.node:
+        if node.op_type == "MatMulNBits":
+            for attribute in node.attribute:
+                if attribute.name == "accuracy_level":
+                    attribute.i = 0
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name.lstrip('.')}.parity-", dir=folder.parent))
+    try:
+        (temporary / MODEL_FILE).write_bytes(proto.SerializeToString())
+        if (folder / DATA_FILE).exists():
+            os.link(folder / DATA_FILE, temporary / DATA_FILE)
+        if (folder / "genai_config.json").exists():
+            shutil.copyfile(folder / "genai_config.json", temporary / "genai_config.json")
+        yield temporary
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

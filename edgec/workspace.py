@@ -1,0 +1,166 @@
+"""One checkpoint with everything the stages ask of it, each made once and only when asked: model, layers, tokenizer, text.
+
+The stages themselves are ordered in `pipeline`; this is what they share.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from numpy.typing import NDArray
+
+from edgec import calibration, modeling
+from edgec.calibration import Batches, Text
+from edgec.checkpoint import Checkpoint, open_checkpoint
+from edgec.errors import CalibrationError
+from edgec.evaluate.embeddings import cosine, embed_batches
+from edgec.evaluate.language import LanguageQuality, compare, torch_logits
+from edgec.fit import FactorCache, Factors
+from edgec.modeling import DECODER_TASK, Layer
+from edgec.pooling import Pooling, read_pooling
+
+CALIBRATION_TOKENS = 32_768
+"""Tokens that statistics are collected from [tokens]."""
+EVALUATION_TOKENS = 8_192
+"""Tokens that whole plans are compared on, and that quality is reported on [tokens]."""
+_SAMPLED_TOKENS = 8_192
+_SAMPLE_UP_TO = 100_000_000
+"""Largest causal LM that text is sampled from [parameters]: beyond it, sampling takes longer than it is worth."""
+
+
+@dataclass(frozen=True)
+class EncoderQuality:
+    """cosine: mean cosine to the dense model's embeddings. low: their 5 % quantile. sentences: how many."""
+
+    cosine: float
+    low: float
+    sentences: int
+
+
+@dataclass
+class Workspace:
+    """folder: the transformers folder. text: the calibration source, None for the default one."""
+
+    folder: Path
+    calibration_file: Path | None = None
+    cache: FactorCache = field(default_factory=FactorCache)
+
+    @cached_property
+    def checkpoint(self) -> Checkpoint:
+        return open_checkpoint(self.folder)
+
+    @cached_property
+    def task(self) -> str:
+        return modeling.task_of(self.checkpoint)
+
+    @cached_property
+    def model(self) -> transformers.PreTrainedModel:
+        """The dense model; every weight is checked to be finite first."""
+        self.checkpoint.check_finite()
+        return modeling.load_dense(self.checkpoint)
+
+    @cached_property
+    def _trial(self) -> transformers.PreTrainedModel:
+        """The dense model's modules over again, on the same parameters: what `substituted` changes while the dense one is compared with."""
+        return copy.deepcopy(self.model, {id(p): p for p in self.model.parameters()})
+
+    @cached_property
+    def layers(self) -> list[Layer]:
+        return modeling.layers(modeling.skeleton(self.checkpoint))
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        return calibration.load_tokenizer(self.checkpoint)
+
+    @cached_property
+    def pooling(self) -> Pooling | None:
+        """None for a causal LM; mean and normalised for an encoder that does not say."""
+        if self.task == DECODER_TASK:
+            return None
+        return read_pooling(self.folder) or Pooling("mean", normalize=True)
+
+    @cached_property
+    def text(self) -> Text:
+        return calibration.load_text(self.calibration_file)
+
+    def batches(self, split: str, max_tokens: int) -> Batches:
+        """Tokens of one split of the text; a causal LM on the default text adds some sampled from itself (each split its own)."""
+        found = calibration.tokenize(self.text.split(split), self.tokenizer, self.task, max_tokens)
+        if self.calibration_file is None and self.task == DECODER_TASK and self.checkpoint.parameters <= _SAMPLE_UP_TO:
+            seed = calibration.SPLITS.index(split)
+            sampled = calibration.self_sampled(self.model, min(_SAMPLED_TOKENS, max_tokens), seed)
+            return Batches(f"{found.origin} + {sampled.origin}", found.items + sampled.items)
+        return found
+
+    @cached_property
+    def search_batches(self) -> Batches:
+        """What whole plans are compared on: text that calibrated nothing and that no figure is reported on."""
+        return self.batches("heal", EVALUATION_TOKENS)
+
+    @cached_property
+    def report_batches(self) -> Batches:
+        """What quality is reported on: text that neither calibrated nor chose a plan."""
+        return self.batches("validate", EVALUATION_TOKENS)
+
+    def weight(self, name: str) -> NDArray[Any]:
+        """A layer's weight, float32 [out, in]."""
+        return np.asarray(self.model.get_submodule(name).weight.detach().float().numpy())
+
+    def divergence(self, model: transformers.PreTrainedModel, batches: Batches) -> float:
+        """End-to-end loss against the dense model: KL [nats per token], or 1 − mean cosine."""
+        if self.pooling is None:
+            return self.language_quality(torch_logits(model), batches).kl
+        return 1.0 - float(cosine(self._dense_embeddings(batches), embed_batches(model, batches, self.pooling)).mean())
+
+    def language_quality(
+        self, logits: Callable[[NDArray[np.int64]], NDArray[np.float32]], batches: Batches
+    ) -> LanguageQuality:
+        return compare(torch_logits(self.model), logits, batches)
+
+    def encoder_quality(self, vectors: NDArray[np.float32], batches: Batches) -> EncoderQuality:
+        """vectors [N, d]: the embeddings of the batches' rows by the model in question."""
+        cosines = cosine(self._dense_embeddings(batches), vectors)
+        return EncoderQuality(float(cosines.mean()), float(np.quantile(cosines, 0.05)), len(cosines))
+
+    def _dense_embeddings(self, batches: Batches) -> NDArray[np.float32]:
+        assert self.pooling is not None
+        key = id(batches)
+        if key not in self._embedded:
+            self._embedded[key] = (batches, embed_batches(self.model, batches, self.pooling))
+        return self._embedded[key][1]
+
+    @cached_property
+    def _embedded(self) -> dict[int, tuple[Batches, NDArray[np.float32]]]:
+        return {}
+
+    @contextmanager
+    def substituted(self, factors: Mapping[str, Factors]) -> Iterator[transformers.PreTrainedModel]:
+        """A model with the factors' matrices in place of the dense weights for the length of the block: quick to evaluate."""
+        kept: dict[str, torch.nn.Parameter] = {}
+        try:
+            for name, fitted in factors.items():
+                module = self._trial.get_submodule(name)
+                kept[name] = module.weight
+                module.weight = torch.nn.Parameter(torch.from_numpy(fitted.dense()), requires_grad=False)
+            yield self._trial
+        finally:
+            for name, parameter in kept.items():
+                self._trial.get_submodule(name).weight = parameter
+
+
+def require_text(workspace: Workspace) -> None:
+    """Fail before long work when the text cannot serve all three splits. Raises CalibrationError."""
+    for split in calibration.SPLITS:
+        if not workspace.text.split(split).items:
+            raise CalibrationError(
+                f"{workspace.text.origin}: {len(workspace.text.items)} items leave the {split} split empty; give more with --calibration"
+            )
