@@ -72,11 +72,11 @@ def _render(context: Mapping[str, Any]) -> str:
 
 
 def _tiles(rows: Sequence[Measurement], subject: str, reference: str | None) -> list[dict[str, str]]:
-    """The headline: the subject's size, speed and memory, and their ratio to the reference."""
-    found = {row.contestant: row for row in rows}
-    if subject not in found:
+    """The headline: the subject's size, speed and memory, and their ratio to the reference of the same task."""
+    mine = next((r for r in rows if r.contestant == subject), None)
+    if mine is None:
         return []
-    mine, other = found[subject], found.get(reference or "")
+    other = next((r for r in rows if r.contestant == reference and r.task == mine.task), None)
     tiles = [
         _tile("Size", text.size(mine.artifact_bytes), mine.artifact_bytes, other.artifact_bytes if other else None)
     ]

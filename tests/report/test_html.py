@@ -153,6 +153,11 @@ def test_failed_and_empty_are_said(tmp_path: Path) -> None:
     assert "odd" in page(tmp_path, measurements=[nan]).text
 
 
+def test_the_headline_never_compares_across_tasks(tmp_path: Path) -> None:
+    rows = [row("x"), row("dense", "causal-lm")]
+    assert "×" not in page(tmp_path, measurements=rows, subject="x", reference="dense").text
+
+
 def test_a_deep_plan_stays_small(tmp_path: Path) -> None:
     path = write_report(tmp_path / "r.html", title="t", measurements=[], plan=plan(blocks=300))
     assert path.stat().st_size < 1_000_000
