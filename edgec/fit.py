@@ -82,9 +82,10 @@ def fit(
         own = _format_of(name, able, fmt)
         if own.quantised:
             method = rtn if core_moment is None else gptq
-            cores[name] = quantised = method.quantize(core, own, core_moment)
+            quantised: QuantizedTensor = method.quantize(core, own, core_moment)
+            cores[name] = quantised
             return quantised.dequantize()
-        stored: NDArray[Any] = np.ascontiguousarray(core, dtype=np.float16 if own.bits == 16 else np.float32)
+        stored = np.ascontiguousarray(core, dtype=np.float16 if own.bits == 16 else np.float32)
         cores[name] = stored
         return stored
 

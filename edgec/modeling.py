@@ -146,7 +146,8 @@ def empty(checkpoint: Checkpoint) -> transformers.PreTrainedModel:
     with quiet_transformers(), no_init_weights():
         model: transformers.PreTrainedModel = cls(hf_config(checkpoint))
     _drop_pooler(model)
-    return model.float()
+    model.float()
+    return model
 
 
 def skeleton(checkpoint: Checkpoint) -> transformers.PreTrainedModel:
@@ -177,7 +178,7 @@ def load_dense(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> tr
     skeleton(checkpoint)
     cls = _model_class(checkpoint)
     with quiet_transformers():
-        model = cls.from_pretrained(
+        model: transformers.PreTrainedModel = cls.from_pretrained(
             checkpoint.folder,
             config=hf_config(checkpoint),
             dtype=dtype,

@@ -170,7 +170,7 @@ def _load_model(folder: Path, config: Any) -> Any:
         raise CheckpointError(f"{folder} has no *.safetensors file; pickle checkpoints are not read: convert it first")
     loader: Any = transformers.AutoModelForCausalLM
     progress = transformers.utils.logging.is_progress_bar_enabled()
-    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    transformers.utils.logging.disable_progress_bar()
     try:
         model, loading = loader.from_pretrained(
             folder,
@@ -186,7 +186,7 @@ def _load_model(folder: Path, config: Any) -> Any:
         raise CheckpointError(f"{folder} cannot be loaded: {_one_line(error)}") from error
     finally:
         if progress:
-            transformers.utils.logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+            transformers.utils.logging.enable_progress_bar()
     missing = sorted(loading["missing_keys"]) + sorted(str(key) for key in loading["mismatched_keys"])
     if missing:
         raise CheckpointError(f"{folder} lacks the tensor {missing[0]} ({len(missing)} missing or of another shape)")
