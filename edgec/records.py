@@ -73,6 +73,27 @@ class Choice:
 
 
 @dataclass(frozen=True)
+class LayerProfile:
+    """One replaceable matrix.
+
+    entropy: cut → von Neumann entropy [nats]; "svd" is the cut between outputs and inputs, others are named by the
+    left modes. random: the same for a random matrix of that unfolding. singular: values at the svd cut, largest
+    first. incompressible: the svd cut does not differ from a random matrix's. candidates: every plan choice that was
+    fitted and scored.
+    """
+
+    name: str
+    role: str
+    shape: tuple[int, int]
+    entropy: Mapping[str, float]
+    random: Mapping[str, float]
+    singular: tuple[float, ...]
+    incompressible: bool
+    tied_to: str | None = None
+    candidates: tuple[Choice, ...] = ()
+
+
+@dataclass(frozen=True)
 class Plan:
     """One Choice per replaced layer, and what they add up to.
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 from edgec.contraction import flops
 from edgec.errors import BudgetError, PlanError, UsageError
@@ -18,14 +19,22 @@ from edgec.modeling import Layer
 from edgec.plan.allocation import Option, allocate, layer_items, pick
 from edgec.plan.budget import Budget
 from edgec.plan.candidates import FALLBACK, RATIOS, executable, uniform
-from edgec.profile.store import LayerProfile, Profile
 from edgec.quantize.formats import CoreFormat
-from edgec.records import Choice, Plan, Spec, Target
+from edgec.records import Choice, LayerProfile, Plan, Spec, Target
 
 logger = logging.getLogger(__name__)
 
 Evaluate = Callable[[list[Choice]], float]
 """Measured end-to-end loss of the choices applied to the model, on text that did not calibrate."""
+
+
+class Profiled(Protocol):
+    """What the planner reads of a `profile.store.Profile`; the record itself stays in its room."""
+
+    @property
+    def fingerprint(self) -> str: ...
+    @property
+    def layers(self) -> Sequence[LayerProfile]: ...
 
 
 @dataclass(frozen=True)
@@ -41,7 +50,7 @@ class Sizes:
 
 
 def plan_to_budget(
-    profile: Profile, target: Target, budget: Budget, sizes: Sizes, evaluate: Evaluate | None = None
+    profile: Profiled, target: Target, budget: Budget, sizes: Sizes, evaluate: Evaluate | None = None
 ) -> Plan:
     """The best measured plan within the budget. Raises BudgetError naming the floor when there is none."""
     choices = {p.name: _offered(p, target) for p in profile.layers}
@@ -152,7 +161,7 @@ def _restricted(
     return _allocate(fixed, tied, budget, sizes)
 
 
-def _ordered(choices: Iterable[Choice], profile: Profile) -> tuple[Choice, ...]:
+def _ordered(choices: Iterable[Choice], profile: Profiled) -> tuple[Choice, ...]:
     by_name = {c.layer: c for c in choices}
     return tuple(by_name[p.name] for p in profile.layers if p.name in by_name)
 

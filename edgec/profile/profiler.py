@@ -19,9 +19,9 @@ from edgec.modeling import Layer
 from edgec.pooling import Pooling
 from edgec.profile.activations import Statistics, collect
 from edgec.profile.entropy import cut, looks_random, random_entropy, singular_values, von_neumann
-from edgec.profile.store import LayerProfile, Profile
+from edgec.profile.store import Profile
 from edgec.quantize.formats import CoreFormat
-from edgec.records import Choice, Spec
+from edgec.records import Choice, LayerProfile, Spec
 
 Candidates = Callable[[Layer, bool], Sequence[tuple[Spec, CoreFormat]]]
 """(layer, incompressible) → specs and formats worth scoring."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,30 +15,9 @@ from edgec.checkpoint import Checkpoint, read_json
 from edgec.errors import EdgecError, ProfileError
 from edgec.outputs import staged_folder
 from edgec.profile.activations import Statistics
-from edgec.records import Choice
+from edgec.records import Choice, LayerProfile
 
 PROFILE_VERSION = 1
-
-
-@dataclass(frozen=True)
-class LayerProfile:
-    """One replaceable matrix.
-
-    entropy: cut → von Neumann entropy [nats]; "svd" is the cut between outputs and inputs, others are named by the
-    left modes. random: the same for a random matrix of that unfolding. singular: values at the svd cut, largest
-    first. incompressible: the svd cut does not differ from a random matrix's. candidates: every plan choice that was
-    fitted and scored.
-    """
-
-    name: str
-    role: str
-    shape: tuple[int, int]
-    entropy: Mapping[str, float]
-    random: Mapping[str, float]
-    singular: tuple[float, ...]
-    incompressible: bool
-    tied_to: str | None = None
-    candidates: tuple[Choice, ...] = ()
 
 
 @dataclass(frozen=True)
