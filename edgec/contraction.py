@@ -104,10 +104,21 @@ class Contraction:
     steps: tuple[Step, ...]
 
     def __post_init__(self) -> None:
-        lookup = isinstance(self.steps[0], Gather) if self.steps else False
-        trailing = infer_shape(self.steps, () if lookup else (self.in_features,))
+        if not self.steps:
+            raise PlanError("a contraction needs at least one step")
+        trailing = infer_shape(self.steps, self.start)
         if trailing != (self.out_features,):
             raise PlanError(f"contraction ends with trailing axes {trailing}, expected ({self.out_features},)")
+
+    @property
+    def lookup(self) -> bool:
+        """Does it take token ids? (An embedding's backbone + correction starts with a Sum of Gathers.)"""
+        return isinstance(next(_walk(self.steps), None), Gather)
+
+    @property
+    def start(self) -> tuple[int, ...]:
+        """Trailing axes of the input: (in_features,), or () for token ids."""
+        return () if self.lookup else (self.in_features,)
 
 
 class Ops(Protocol[T]):
@@ -163,7 +174,7 @@ def _step_shape(step: Step, trailing: tuple[int, ...]) -> tuple[int, ...]:
     """Trailing axes after one step."""
     match step:
         case Reshape(shape):
-            fits, after = math.prod(shape) == math.prod(trailing), shape
+            fits, after = min(shape, default=1) >= 1 and math.prod(shape) == math.prod(trailing), shape
         case Transpose(perm):
             fits = sorted(perm) == list(range(len(trailing)))
             after = tuple(trailing[p] for p in perm) if fits else ()
@@ -188,18 +199,21 @@ def _step_shape(step: Step, trailing: tuple[int, ...]) -> tuple[int, ...]:
 def core_shapes(contraction: Contraction) -> dict[str, tuple[int, ...]]:
     """Shape of every core, in the order in which the steps use them."""
     shapes: dict[str, tuple[int, ...]] = {}
+    shape: tuple[int, ...]
     for step in _walk(contraction.steps):
         match step:
             case MatMul(core, n, k):
-                shapes[core] = (n, k)
+                shape = (n, k)
             case BlockMatMul(core, g, b):
-                shapes[core] = (g, b, b)
+                shape = (g, b, b)
             case Scale(core, n):
-                shapes[core] = (n,)
+                shape = (n,)
             case Gather(core, v, n):
-                shapes[core] = (v, n)
+                shape = (v, n)
             case _:
-                pass
+                continue
+        if shapes.setdefault(core, shape) != shape:
+            raise PlanError(f"core {core!r} is used as {shapes[core]} and as {shape}")
     return shapes
 
 
@@ -215,8 +229,7 @@ def parameters(contraction: Contraction) -> int:
 
 def flops(contraction: Contraction) -> int:
     """Multiply-adds × 2 for one row of x. Rearranging is counted as free here; a runtime's cost model may disagree."""
-    lookup = isinstance(contraction.steps[0], Gather)
-    return _flops(contraction.steps, () if lookup else (contraction.in_features,))
+    return _flops(contraction.steps, contraction.start)
 
 
 def _flops(steps: Sequence[Step], trailing: tuple[int, ...]) -> int:
@@ -289,13 +302,12 @@ class NumpyOps:
 
 def evaluate(contraction: Contraction, cores: Mapping[str, Array], x: Array) -> Array:
     """Reference value of the contraction: x [..., in] (or integer ids) → y [..., out], in the cores' dtype."""
-    trailing: tuple[int, ...] = () if isinstance(contraction.steps[0], Gather) else (contraction.in_features,)
-    return run(contraction.steps, NumpyOps(cores), x, trailing)
+    return run(contraction.steps, NumpyOps(cores), x, contraction.start)
 
 
 def dense(contraction: Contraction, cores: Mapping[str, Array]) -> Array:
     """The matrix W [out, in] (or table [v, n]) that the cores stand for. For tests and errors, never at run time."""
-    first = contraction.steps[0]
+    first = next(_walk(contraction.steps))
     if isinstance(first, Gather):
         return evaluate(contraction, cores, np.arange(first.v))
     dtype = next(iter(cores.values())).dtype

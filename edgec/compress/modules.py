@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from edgec.contraction import Contraction, Gather, core_shapes, run
+from edgec.contraction import Contraction, core_shapes, run
 from edgec.fit import Factors
 
 
@@ -73,9 +73,7 @@ class Factored(nn.Module):
         return module
 
     def forward(self, x: Tensor) -> Tensor:
-        steps = self.contraction.steps
-        trailing = () if isinstance(steps[0], Gather) else (self.contraction.in_features,)
-        y = run(steps, TorchOps(self.cores), x, trailing)
+        y = run(self.contraction.steps, TorchOps(self.cores), x, self.contraction.start)
         return y if self.bias is None else y + self.bias
 
     def extra_repr(self) -> str:
