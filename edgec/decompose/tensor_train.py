@@ -44,7 +44,7 @@ _RIDGE = 1e-6
 """Share of the mean diagonal added to H, pulling the re-fit towards W itself where the activations say nothing."""
 
 _DOUBLE_UP_TO = 1024
-"""Unfoldings up to this size are decomposed in float64 [count]; larger ones in float32: truncation drowns the rest."""
+"""Smaller side up to which an unwhitened weight is decomposed in float64 [count]; larger ones in float32."""
 
 
 def contraction(spec: Spec, out: int, in_: int) -> Contraction:
@@ -147,11 +147,10 @@ def _bond(m: Array, h: Array | None, rank: int) -> Array:
     white = m
     if h is not None:
         h4 = h.reshape(left, s, left, s)
-        h_right = np.einsum("asat->st", h4) / left
-        white = m @ np.linalg.cholesky(h_right)
+        white = m @ SecondMoment(np.einsum("asat->st", h4) / left).root
         if left > 1:
-            h_left = np.einsum("asbs->ab", h4) / s
-            root_left = np.linalg.cholesky(h_left / (np.trace(h_left) / left))
+            root_left = SecondMoment(np.einsum("asbs->ab", h4) / s).root
+            root_left = root_left * (math.sqrt(left) / np.linalg.norm(root_left))
             white = np.einsum("oixs,xa->oias", white, root_left)
     unfolding = white.transpose(0, 2, 1, 3).reshape(outs * left, o * s)
     left_vectors, sizes = _left_singular(unfolding, rank)
@@ -190,10 +189,9 @@ def _left_singular(matrix: Array, rank: int) -> tuple[Array, Array]:
         values, vectors = _eigh(matrix @ matrix.T, rank)
         return vectors, np.sqrt(np.maximum(values, 0))
     values, right = _eigh(matrix.T @ matrix, rank)
-    sizes = np.sqrt(np.maximum(values, 0))
-    vectors = matrix @ right
-    # Columns of a numerically zero singular value are noise; they stay tiny and the re-fit gives them no weight.
-    return vectors / np.maximum(sizes, sizes.max(initial=0.0) * 1e-7 + 1e-30), sizes
+    # QR, not a division by the singular values: vectors of numerically zero ones must be orthogonal to the others too.
+    vectors, upper = np.linalg.qr(matrix @ right)
+    return vectors * np.where(np.diag(upper) < 0, -1, 1).astype(vectors.dtype), np.sqrt(np.maximum(values, 0))
 
 
 def _eigh(gram: Array, rank: int) -> tuple[Array, Array]:
@@ -230,7 +228,7 @@ def _refit(m: Array, h: Array | None, core: Array) -> tuple[Array, Array | None]
 
 def _solve(gram: Array, right: Array) -> Array:
     """X with X gram = right for a symmetric positive semi-definite gram; directions without weight get none."""
-    scale = np.sqrt(np.maximum(np.diag(gram), 1e-300))
+    scale = np.sqrt(np.maximum(np.diag(gram), np.finfo(gram.dtype).tiny))
     normal = gram / np.outer(scale, scale)
     for ridge in (1e-12, 1e-9, 1e-6, 1e-3):
         damped = normal + ridge * np.eye(len(normal), dtype=normal.dtype)

@@ -8,7 +8,8 @@ name and shape. The dense graph is consumed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Set
 from typing import Any
 
 import numpy as np
@@ -27,8 +28,12 @@ MICROSOFT = "com.microsoft"
 class OnnxOps:
     """`edgec.contraction.Ops` that emits nodes. Values have `leading` axes that no step touches, then trailing ones."""
 
-    def __init__(self, prefix: str, cores: Mapping[str, Core], leading: int, accuracy_level: int) -> None:
+    def __init__(
+        self, prefix: str, cores: Mapping[str, Core], leading: int, accuracy_level: int, shared: Set[int] = frozenset()
+    ) -> None:
+        """shared: ids of the cores that another layer stores too, whose layout in the file must therefore stay as it is."""
         self.prefix, self.cores, self.leading, self.accuracy_level = prefix, cores, leading, accuracy_level
+        self.shared = shared
         self.nodes: list[ir.Node] = []
         self.initializers: list[ir.Value] = []
 
@@ -43,6 +48,9 @@ class OnnxOps:
 
     def matmul(self, x: ir.Value, core: str) -> ir.Value:
         stored = self.cores[core]
+        if not isinstance(stored, QuantizedTensor) and id(stored) in self.shared:
+            table = self._float(core, stored)
+            return self._node("FusedMatMul", [x, table], domain=MICROSOFT, name=core, transB=1)
         if not isinstance(stored, QuantizedTensor):
             # Stored [in, out] so that the runtime multiplies without transposing; fp16 is cast once, when the session
             # is created.
@@ -135,24 +143,27 @@ class OnnxOps:
 def lower(graph: DenseGraph, factors: Mapping[str, Factors], *, accuracy_level: int) -> None:
     """Replace every layer in `factors` in place. Raises ExportError naming a layer that the graph does not have."""
     model = graph.model.graph
+    uses = Counter(id(core) for fitted in factors.values() for core in fitted.cores.values())
+    shared = {core for core, count in uses.items() if count > 1}
     for name, fitted in factors.items():
         lookup = isinstance(fitted.contraction.steps[0], Gather)
         node = (graph.embeddings if lookup else graph.linears).get(name)
         if node is None:
             raise ExportError(f"lowering: layer {name!r} is in the plan, but no node of the graph computes it")
-        _replace(model, node, name, fitted, lookup, accuracy_level)
+        _replace(model, node, name, fitted, accuracy_level, shared)
     _drop_unused(model)
     if graph.model.opset_imports.get(MICROSOFT) is None:
         graph.model.opset_imports[MICROSOFT] = 1
 
 
-def _replace(model: ir.Graph, node: ir.Node, name: str, fitted: Factors, lookup: bool, accuracy_level: int) -> None:
+def _replace(model: ir.Graph, node: ir.Node, name: str, fitted: Factors, accuracy_level: int, shared: Set[int]) -> None:
+    lookup = isinstance(fitted.contraction.steps[0], Gather)
     x = node.inputs[1 if lookup else 0]
     old = node.outputs[0]
     if x is None:
         raise ExportError(f"lowering: the node of layer {name!r} has no input")
     leading = _leading(x, lookup, name)
-    ops = OnnxOps(name, fitted.cores, leading, accuracy_level)
+    ops = OnnxOps(name, fitted.cores, leading, accuracy_level, shared)
     contraction = fitted.contraction
     y = run(contraction.steps, ops, x, () if lookup else (contraction.in_features,))
     for value in ops.initializers:
