@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from edgec import decompose
 from edgec.contraction import Contraction, Gather, core_shapes, dense, quantisable
-from edgec.errors import PlanError
+from edgec.errors import NumericsError, PlanError
 from edgec.moments import SecondMoment
 from edgec.quantize import gptq, rtn
 from edgec.quantize.formats import CoreFormat, QuantizedTensor
@@ -72,8 +72,10 @@ def fit(
     """weight [out, in] (table [v, n] for an embedding) → Factors.
 
     With a moment, the factorization is whitened by it and cores are quantised by GPTQ; without one, plain and
-    rounded to nearest.
+    rounded to nearest. Raises NumericsError when the weight is not finite.
     """
+    if not np.isfinite(weight).all():
+        raise NumericsError("the weight holds NaN or Inf")
     contraction = contraction_of(spec, (int(weight.shape[0]), int(weight.shape[1])), role)
     able = quantisable(contraction)
     cores: dict[str, Core] = {}

@@ -8,6 +8,8 @@ A file is a plugin when it sets `PLUGIN = True` and defines
         weight [out, in] → every core through `finish`
     suggest(out, in_, ratio, multiple) -> list[Spec]
         specs with about ratio × out × in parameters, ranks multiples of `multiple`
+    exact(out, in_) -> list[Spec]
+        specs that lose nothing, at least one: what the contract tests hold every decomposition to
 
 `finish(name, core, moment)` stores a core [n, k] (quantised or not) and returns the values that the runtime will see,
 so that the cores still to come are fitted to what the earlier ones became, not to what they were meant to be.
@@ -34,6 +36,7 @@ class Decomposition(Protocol):
     def contraction(self, spec: Spec, out: int, in_: int) -> Contraction: ...
     def factorize(self, weight: NDArray[Any], spec: Spec, moment: SecondMoment | None, finish: Finish) -> None: ...
     def suggest(self, out: int, in_: int, ratio: float, multiple: int) -> Sequence[Spec]: ...
+    def exact(self, out: int, in_: int) -> Sequence[Spec]: ...
 
 
 def kinds() -> tuple[str, ...]:

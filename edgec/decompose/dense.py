@@ -28,3 +28,7 @@ def factorize(weight: NDArray[Any], spec: Spec, moment: SecondMoment | None, fin
 
 def suggest(out: int, in_: int, ratio: float, multiple: int) -> list[Spec]:
     return [Spec("dense")] if ratio >= 1 else []
+
+
+def exact(out: int, in_: int) -> list[Spec]:
+    return [Spec("dense")]

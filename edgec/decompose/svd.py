@@ -42,6 +42,11 @@ def suggest(out: int, in_: int, ratio: float, multiple: int) -> list[Spec]:
     return [Spec("svd", (rank,))]
 
 
+def exact(out: int, in_: int) -> list[Spec]:
+    """Full rank."""
+    return [Spec("svd", (min(out, in_),))]
+
+
 def _train(spec: Spec, out: int, in_: int) -> Spec:
     if len(spec.ranks) != 1 or spec.modes:
         raise PlanError(f"svd takes exactly one rank and no modes; got {spec}")

@@ -92,9 +92,21 @@ def _check(spec: Spec, out: int, in_: int) -> None:
     outs, ins = math.prod(o for o, _ in spec.modes), math.prod(i for _, i in spec.modes)
     if (outs, ins) != (out, in_) or min(min(m) for m in spec.modes) < 1:
         raise PlanError(f"modes of {spec} multiply to {outs}x{ins}; the layer is {out}x{in_}")
-    for cut, (rank, top) in enumerate(zip(spec.ranks, max_ranks(spec.modes), strict=True), start=1):
+    tops = max_ranks(spec.modes)
+    for cut, (rank, top) in enumerate(zip(spec.ranks, tops, strict=True), start=1):
         if not 1 <= rank <= top:
             raise PlanError(f"rank {rank} at cut {cut} of {spec} is outside 1 … {top}, the cut's maximum")
+    for cut, (rank, top) in enumerate(zip(spec.ranks, _beside(spec.ranks, spec.modes), strict=True), start=1):
+        if rank > top:
+            raise PlanError(
+                f"rank {rank} at cut {cut} of {spec} is above {top}, the cut's maximum beside its neighbours' ranks"
+            )
+
+
+def _beside(ranks: Sequence[int], modes: Sequence[tuple[int, int]]) -> list[int]:
+    """The largest χ of every cut that the cores on its two sides can carry, given the ranks of the cuts beside it."""
+    padded, sizes = (1, *ranks, 1), [o * i for o, i in modes]
+    return [min(padded[k] * sizes[k], padded[k + 2] * sizes[k + 1]) for k in range(len(ranks))]
 
 
 def factorize(weight: Array, spec: Spec, moment: SecondMoment | None, finish: Finish) -> None:
@@ -258,6 +270,18 @@ def suggest(out: int, in_: int, ratio: float, multiple: int) -> list[Spec]:
     return specs
 
 
+def exact(out: int, in_: int) -> list[Spec]:
+    """Full ranks: split order with three cores and four, interleaved order, and one that mixes them."""
+    (o1, o2), (i1, i2) = _balanced(out, 1), _balanced(in_, 1)
+    orders = (
+        ((out, 1), (1, i1), (1, i2)),
+        ((o1, 1), (o2, 1), (1, i1), (1, i2)),
+        ((o1, i1), (o2, i2)),
+        ((1, i1), (o1, i2), (o2, 1)),
+    )
+    return [Spec("tensor_train", max_ranks(modes), modes) for modes in orders]
+
+
 def _balanced(n: int, multiple: int) -> tuple[int, int]:
     """n = a·b with b a multiple of `multiple` and a ≤ b as large as possible; a = 1 where n does not factor so."""
     best = max((a for a in range(1, math.isqrt(n) + 1) if n % a == 0 and (n // a) % multiple == 0), default=1)
@@ -269,7 +293,10 @@ def _fit(modes: tuple[tuple[int, int], ...], out: int, in_: int, ratio: float, m
     tops = max_ranks(modes)
     for share in np.linspace(1.0, 0.02, 99):
         ranks = tuple(max(multiple, int(top * share) // multiple * multiple) for top in tops)
-        if any(r > top for r, top in zip(ranks, tops, strict=True)):
+        for _ in tops:  # rounding breaks the proportion in which neighbours fit one another
+            beside = _beside(ranks, modes)
+            ranks = tuple(min(r, top // multiple * multiple) for r, top in zip(ranks, beside, strict=True))
+        if any(not 1 <= r <= top for r, top in zip(ranks, tops, strict=True)):
             return []
         padded = (1, *ranks, 1)
         size = sum(padded[k] * o * i * padded[k + 1] for k, (o, i) in enumerate(modes))
