@@ -1,0 +1,24 @@
+"""edgec: a trained transformer in, the smallest measured artifact that a phone, a laptop or an offline server can run out.
+
+`edgec.load(folder)` gives back a transformers model of a compressed folder. Everything else is behind the command line or
+the functions of `edgec.pipeline`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from edgec._version import __version__
+
+if TYPE_CHECKING:
+    import transformers
+
+__all__ = ["__version__", "load"]
+
+
+def load(folder: Path | str) -> transformers.PreTrainedModel:
+    """A transformers model of a folder that `edgec compress` wrote, in eval mode on the CPU, float32. Raises CheckpointError."""
+    from edgec.compress.store import load as load_compressed  # torch takes a second to import; `import edgec` should not
+
+    return load_compressed(folder)

@@ -111,6 +111,13 @@ class Workspace:
         """What quality is reported on: text that neither calibrated nor chose a plan."""
         return self.batches("validate", EVALUATION_TOKENS)
 
+    @cached_property
+    def random_batches(self) -> Batches:
+        """Random token ids, for checking structure where there is no text that the model knows: [2, 32]."""
+        vocabulary = modeling.dimensions(self.checkpoint).vocabulary
+        ids = torch.randint(0, vocabulary, (2, 32), generator=torch.Generator().manual_seed(0))
+        return Batches("random tokens", ({"input_ids": ids, "attention_mask": torch.ones_like(ids)},))
+
     def weight(self, name: str) -> NDArray[Any]:
         """A layer's weight, float32 [out, in]."""
         return np.asarray(self.model.get_submodule(name).weight.detach().float().numpy())

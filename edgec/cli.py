@@ -1,0 +1,412 @@
+"""The command line: parse, call, print; no logic. Results go to stdout, progress and errors to stderr.
+
+Heavy libraries are imported inside the verbs, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import resource
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Annotated, Any, NoReturn, Optional
+
+import typer
+from rich.console import Console
+
+from edgec import console
+from edgec._version import __version__
+from edgec.errors import EdgecError, UsageError
+
+app = typer.Typer(
+    name="edgec",
+    help="Compress a trained transformer into what a phone, a laptop or an offline server runs, and measure it.\n\n"
+    "Start with: edgec export MODEL --target onnx-arm64",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+out = Console()
+
+Model = Annotated[Path, typer.Argument(help="transformers folder: config.json, *.safetensors, tokenizer", show_default=False)]
+TargetOption = Annotated[str, typer.Option("--target", "-t", help="what will run it: see `edgec targets`")]
+Calibration = Annotated[
+    Optional[Path],
+    typer.Option(help=".txt or .jsonl of text like the model will see; default: prose from the Python library"),
+]
+ProfileOption = Annotated[Optional[Path], typer.Option("--profile", help="folder made by `edgec profile` of this very model")]
+Force = Annotated[bool, typer.Option("--force", help="replace an existing output that edgec wrote")]
+Json = Annotated[bool, typer.Option("--json", help="print one JSON object instead of tables")]
+BUDGET_HELP = "12MB (the whole folder), 0.3 (of dense fp16), 4bpw (total) or 4bpw-linear (block linears; rest int8)"
+
+
+def _version(value: bool) -> None:
+    if value:
+        out.print(f"edgec {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="show tracebacks and every log line")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="show what each stage decides")] = False,
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")] = False,
+) -> None:
+    level = logging.DEBUG if debug else logging.WARNING
+    logging.basicConfig(level=level, format="edgec: %(levelname)s: %(message)s", stream=sys.stderr)
+    if verbose or debug:
+        logging.getLogger("edgec").setLevel(logging.DEBUG if debug else logging.INFO)
+    _STATE["debug"] = debug
+
+
+_STATE = {"debug": "--debug" in sys.argv}
+
+
+@app.command()
+def export(
+    model: Model,
+    target: Annotated[Optional[str], typer.Option("--target", "-t", help="what will run it: see `edgec targets`")] = None,
+    budget: Annotated[Optional[str], typer.Option("--budget", "-b", help=BUDGET_HELP)] = None,
+    output: Annotated[Optional[Path], typer.Option("--out", "-o", help="folder to write; default: MODEL-TARGET")] = None,
+    plan: Annotated[
+        Optional[str], typer.Option(help="plan.yaml, or a constraint: uniform:0.5[:FORMAT], dense:FORMAT")
+    ] = None,
+    recipe: Annotated[Optional[Path], typer.Option(help="YAML with target, budget, plan and calibration")] = None,
+    calibration: Calibration = None,
+    profile: ProfileOption = None,
+    plain: Annotated[bool, typer.Option("--plain", help="fit a --plan without activations (speed tests)")] = False,
+    no_quality: Annotated[bool, typer.Option("--no-quality", help="skip the quality figures (random weights)")] = False,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Compress MODEL for TARGET and write a folder that its runtime loads as it is, verified.
+
+    Every layer gets the form that costs the least predicted loss per byte: plain low-bit quantization where that is better,
+    factored cores where they are. The whole plan is then measured against the best uniform plans, and the best one ships.
+
+    [dim]edgec export ./all-MiniLM-L6-v2 --target onnx-arm64
+    edgec export ./llama --target onnx-x64 --budget 4bpw --calibration my-text.txt -o llama-4bpw[/dim]
+    """
+    from edgec import pipeline
+    from edgec.recipe import Recipe, read_recipe
+
+    wanted = (read_recipe(recipe) if recipe else Recipe()).merged(
+        target=target, budget=budget, plan=plan, calibration=calibration
+    )
+    if wanted.target is None:
+        raise UsageError("--target is missing; `edgec targets` lists them")
+    folder = output or Path(f"{model.resolve().name}-{wanted.target}")
+    request = pipeline.ExportRequest(
+        model=model,
+        target=wanted.target,
+        out=folder,
+        budget=wanted.budget,
+        plan=wanted.plan,
+        calibration=wanted.calibration,
+        profile=profile,
+        plain=plain,
+        quality=not no_quality,
+        force=force,
+    )
+    started = time.perf_counter()
+    with console.progress() as bars:
+        done = pipeline.export(request, bars)
+    cost = {"seconds": round(time.perf_counter() - started, 1), "peak_rss_bytes": _peak_rss()}
+    if as_json:
+        print(json.dumps({"out": str(done.out), **cost, "manifest": done.manifest}))
+    else:
+        console.print_export(out, done, cost)
+
+
+@app.command()
+def profile(
+    model: Model,
+    output: Annotated[Optional[Path], typer.Option("--out", "-o", help="folder to keep; export and plan take it as --profile")] = None,
+    calibration: Calibration = None,
+    plot: Annotated[Optional[Path], typer.Option(help="write the entropies as a picture (.svg, .png or .pdf)")] = None,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Measure every layer: entanglement entropy at each cut, and the error of every candidate form.
+
+    The entropy S of a weight's normalised squared singular values says how many bond states χ ≳ exp(S) a low-rank or tensor-train
+    form needs there. A layer whose entropy is that of a random matrix has nothing to find and is left dense.
+    """
+    from edgec import pipeline
+
+    with console.progress() as bars:
+        found = pipeline.profile(model, output, calibration=calibration, force=force, progress=bars)
+    if plot is not None:
+        console.plot_entropies(found, plot)
+    if as_json:
+        print(json.dumps(console.profile_summary(found)))
+    else:
+        console.print_profile(out, found, output, plot)
+
+
+@app.command()
+def plan(
+    model: Model,
+    target: TargetOption,
+    budget: Annotated[str, typer.Option("--budget", "-b", help=BUDGET_HELP)],
+    output: Annotated[Optional[Path], typer.Option("--out", "-o", help="plan.yaml to write; default: print it")] = None,
+    profile: ProfileOption = None,
+    calibration: Calibration = None,
+    as_json: Json = False,
+) -> None:
+    """Decide the form of every layer under a budget, and write it as YAML to read, edit and give to `compress --plan`."""
+    from edgec import outputs, pipeline
+    from edgec.plan.files import write_plan
+    from edgec.records import as_dict
+    from edgec.report import plan_table
+
+    with console.progress() as bars:
+        made = pipeline.plan(
+            model, target, budget, profile_folder=profile, calibration=calibration, progress=bars
+        )
+    if output is not None:
+        with outputs.written_file(output) as temporary:
+            temporary.write_text(write_plan(made), encoding="utf-8")
+    if as_json:
+        print(json.dumps(as_dict(made)))
+    elif output is None:
+        print(write_plan(made), end="")
+    else:
+        out.print(plan_table(made))
+        for note in made.notes:
+            out.print(f"  {note}", style="dim", markup=False, highlight=False)
+        out.print(f"wrote {output}", markup=False, highlight=False)
+
+
+@app.command()
+def compress(
+    model: Model,
+    plan: Annotated[str, typer.Option(help="plan.yaml, or a constraint: uniform:0.5[:FORMAT], dense:FORMAT")],
+    output: Annotated[Path, typer.Option("--out", "-o", help="folder to write")],
+    target: TargetOption = "onnx-x64",
+    profile: ProfileOption = None,
+    calibration: Calibration = None,
+    plain: Annotated[bool, typer.Option("--plain", help="fit without activations")] = False,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Fit a plan and keep the factors in safetensors: `edgec.load(OUT)` in Python, or `edgec export OUT` later."""
+    from edgec import pipeline
+    from edgec.records import as_dict
+    from edgec.report import plan_table
+
+    with console.progress() as bars:
+        made = pipeline.compress(
+            model,
+            output,
+            plan,
+            target=target,
+            profile_folder=profile,
+            calibration=calibration,
+            plain=plain,
+            force=force,
+            progress=bars,
+        )
+    if as_json:
+        print(json.dumps({"out": str(output), "plan": as_dict(made)}))
+    else:
+        out.print(plan_table(made))
+        out.print(f"wrote {output}", markup=False, highlight=False)
+
+
+@app.command("eval")
+def evaluate(
+    artifact: Annotated[Path, typer.Argument(help="folder made by `edgec export`", show_default=False)],
+    model: Annotated[Path, typer.Option("--model", "-m", help="the dense checkpoint to compare with")],
+    sts: Annotated[Optional[Path], typer.Option(help="STS-Benchmark file: adds Spearman with its bootstrap interval")] = None,
+    calibration: Calibration = None,
+    as_json: Json = False,
+) -> None:
+    """Measure an artifact's quality against its dense model, on text that neither calibrated nor chose its plan."""
+    from edgec import assess
+
+    found = assess.evaluate(artifact, model, sts=sts, calibration=calibration)
+    if as_json:
+        print(json.dumps(found))
+    else:
+        console.print_pairs(out, f"{artifact} against {model}", found)
+
+
+@app.command()
+def run(
+    artifact: Annotated[Path, typer.Argument(help="folder made by `edgec export`", show_default=False)],
+    text: Annotated[Optional[list[str]], typer.Argument(help="a prompt, or sentences; default: lines of standard input")] = None,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="causal LMs")] = 128,
+    sample: Annotated[bool, typer.Option("--sample", help="sample instead of always taking the likeliest token")] = False,
+    threads: Annotated[int, typer.Option(help="0: all physical cores")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Generate text (causal LM) or print how similar sentences are (encoder; --json for the vectors)."""
+    from edgec.runtime import RuntimeOptions, open_artifact
+    from edgec.runtime.interfaces import CAUSAL_LM
+
+    texts = text or [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    if not texts:
+        raise UsageError("nothing to run: give a prompt or sentences, or pipe lines in")
+    loaded: Any = open_artifact(artifact, RuntimeOptions(threads=threads))
+    if loaded.task != CAUSAL_LM:
+        vectors = loaded.embed(texts)
+        if as_json:
+            print(json.dumps({"embeddings": vectors.tolist()}))
+        else:
+            console.print_similarities(out, texts, vectors)
+        return
+    for prompt in texts:
+        pieces = loaded.generate(prompt, max_new_tokens, greedy=not sample)
+        if as_json:
+            found = list(pieces)
+            print(json.dumps({"prompt": prompt, "tokens": [p.token for p in found], "text": "".join(p.text for p in found)}))
+            continue
+        sys.stdout.write(prompt)
+        for piece in pieces:
+            sys.stdout.write(piece.text)
+            sys.stdout.flush()
+        sys.stdout.write("\n")
+
+
+@app.command()
+def bench(
+    artifacts: Annotated[Optional[list[Path]], typer.Argument(help="folders made by `edgec export`")] = None,
+    model: Annotated[Optional[Path], typer.Option("--model", "-m", help="dense checkpoint: for baselines and quality")] = None,
+    baseline: Annotated[
+        Optional[list[str]], typer.Option(help="dense peers made by other tools: fp32, int8, int4 (repeat the option)")
+    ] = None,
+    shape: Annotated[Optional[str], typer.Option(help="random weights instead of a model: llama-3.2-1b, llama-300m")] = None,
+    plan: Annotated[str, typer.Option(help="with --shape: the constraint to export")] = "uniform:0.5",
+    sts: Annotated[Optional[Path], typer.Option(help="STS-Benchmark file: Spearman beside the speed")] = None,
+    calibration: Calibration = None,
+    threads: Annotated[int, typer.Option(help="0: all physical cores")] = 0,
+    rounds: Annotated[int, typer.Option(min=1, help="fresh processes per contestant")] = 5,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="causal LMs: prompt length")] = 128,
+    new_tokens: Annotated[int, typer.Option(min=1, help="causal LMs: generated length")] = 64,
+    batch: Annotated[int, typer.Option(min=1, help="encoders: sentences per batch")] = 32,
+    report: Annotated[Optional[Path], typer.Option(help="write one self-contained HTML file")] = None,
+    work: Annotated[Optional[Path], typer.Option(help="keep baselines and shapes here instead of a temporary folder")] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure artifacts against dense baselines: each measurement a fresh process, contestants interleaved, medians and spread.
+
+    [dim]edgec bench minilm-onnx-x64 --model ./all-MiniLM-L6-v2 --baseline fp32 --baseline int8 --report report.html
+    edgec bench --shape llama-3.2-1b[/dim]
+    """
+    from edgec import assess
+    from edgec.bench.harness import BenchSettings
+
+    if bool(artifacts) == bool(shape):
+        raise UsageError("give artifact folders or --shape, one of the two")
+    settings = BenchSettings(
+        threads=threads, rounds=rounds, prompt_tokens=prompt_tokens, new_tokens=new_tokens, batch=batch
+    )
+    costs: list[Any] = []
+    with tempfile.TemporaryDirectory(prefix="edgec-bench-") as temporary, console.progress() as bars:
+        folder = work or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        if shape:
+            rows, costs = assess.bench_shape(shape, plan, settings, folder, bars)
+        else:
+            request = assess.BenchRequest(
+                tuple(artifacts or ()), settings, folder, model, tuple(baseline or ()), sts, calibration
+            )
+            rows = assess.bench(request, bars)
+    console.print_bench(out, rows, costs, as_json=as_json)
+    if report is not None:
+        console.write_bench_report(report, rows, tuple(artifacts or ()), ["edgec " + " ".join(sys.argv[1:])])
+        if not as_json:
+            out.print(f"wrote {report}", markup=False, highlight=False)
+
+
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(help="an artifact, a compressed folder, a profile or a checkpoint", show_default=False)],
+    check: Annotated[bool, typer.Option("--check", help="compare every file with the hash in the manifest")] = False,
+    as_json: Json = False,
+) -> None:
+    """Say what a folder is: provenance, sizes, the plan layer by layer, parity and quality as measured at export."""
+    from edgec import inspection
+
+    found = inspection.inspect(path, check=check)
+    if as_json:
+        print(json.dumps(found.summary))
+    else:
+        console.print_inspection(out, found)
+
+
+@app.command()
+def targets(
+    name: Annotated[Optional[str], typer.Argument(help="one target, in full")] = None, as_json: Json = False
+) -> None:
+    """List the targets, or what one of them executes."""
+    from edgec.export.targets import all_targets, get_target
+    from edgec.records import as_dict
+
+    chosen = [get_target(name)] if name else list(all_targets().values())
+    if as_json:
+        print(json.dumps([as_dict(target) for target in chosen]))
+    else:
+        console.print_targets(out, chosen, full=name is not None)
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Check this installation: versions, runtimes, CPU features, memory, disk, and a tiny model end to end."""
+    from edgec import inspection
+
+    with console.progress() as bars:
+        findings = inspection.doctor(bars)
+    if as_json:
+        print(json.dumps([{"check": f.check, "ok": f.ok, "detail": f.detail} for f in findings]))
+    else:
+        console.print_findings(out, findings)
+    if not all(f.ok for f in findings):
+        raise typer.Exit(1)
+
+
+def _peak_rss() -> int:
+    """Peak resident memory of this process [bytes]."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def main(argv: list[str] | None = None) -> NoReturn:
+    """Run the command line; every failure is one line on stderr and an exit code that is not 0."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    code = 1
+    try:
+        code = int(app(args=argv, standalone_mode=False) or 0)
+    except EdgecError as error:
+        code = _fail(str(error), error.exit_code)
+    except typer.Exit as stop:
+        code = stop.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        code = _fail("interrupted; nothing was written", 130)
+    except MemoryError:
+        code = _fail("out of memory; close other programs, or choose a smaller model", 1)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 141
+    except Exception as error:  # noqa: BLE001  the last line of defence: a bug is one line too, unless --debug
+        if type(error).__module__.startswith(("click", "typer")) and hasattr(error, "show"):
+            error.show()
+            code = int(getattr(error, "exit_code", 2))
+        else:
+            code = _fail(f"internal error: {type(error).__name__}: {error} (run again with --debug, and report it)", 70)
+    sys.exit(code)
+
+
+def _fail(message: str, code: int) -> int:
+    if _STATE["debug"] and sys.exc_info()[0] is not None:
+        logging.getLogger(__name__).exception("failed")
+    line = " ".join(message.split())
+    sys.stderr.write(f"edgec: error: {line}\n")
+    return code
