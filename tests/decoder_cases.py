@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from edgec.export.onnx.decoder import DecoderGraph, write_runtime_files
 
-ASSETS = Path(os.environ.get("EDGEC_ASSETS", Path(__file__).parents[3] / "../shared/assets"))
+ASSETS = Path(os.environ.get("EDGEC_ASSETS", Path(__file__).parents[1] / "../shared/assets"))
 AUTO: Any = transformers.AutoModelForCausalLM
 
 VOCABULARY = 272  # three special tokens, the 256 bytes, and some that no text gives
