@@ -69,7 +69,9 @@ def evaluate(
 def _sts_quality(workspace: Workspace, artifact: Path, pairs: Pairs) -> dict[str, float]:
     if workspace.pooling is None:
         raise UsageError(f"--sts measures sentence encoders; {workspace.folder} is a causal LM")
-    dense = pair_similarities(torch_embedder(workspace.model, workspace.tokenizer, workspace.pooling), pairs)
+    dense = pair_similarities(
+        torch_embedder(workspace.model, workspace.tokenizer, workspace.pooling, max_tokens=workspace.context), pairs
+    )
     other = pair_similarities(OrtEncoder(artifact).embed, pairs)
     loss, low, high = spearman_loss_interval(dense, other, pairs.scores)
     return {
@@ -93,7 +95,9 @@ def bench(request: BenchRequest, progress: pipeline.Progress) -> list[Measuremen
         contestants = [
             replace(c, quality=_quality(workspace, c, request.sts)) for c in _shown(contestants, "quality", progress)
         ]
-    return run_bench(contestants, request.settings, lambda done, total, text: progress(f"bench {text}"[:40], done, total))
+    return run_bench(
+        contestants, request.settings, lambda done, total, text: progress(f"bench {text}"[:40], done, total)
+    )
 
 
 def _shown(contestants: Sequence[Contestant], stage: str, progress: pipeline.Progress) -> Iterator[Contestant]:
@@ -108,7 +112,9 @@ def _quality(workspace: Workspace, contestant: Contestant, sts: Path | None) -> 
     quality = {key: float(found[key]) for key in keys}
     if sts is not None:
         measured = _sts_quality(workspace, contestant.folder, read_sts(sts))
-        quality |= {key: measured[key] for key in ("spearman", "spearman_loss", "spearman_loss_low", "spearman_loss_high")}
+        quality |= {
+            key: measured[key] for key in ("spearman", "spearman_loss", "spearman_loss_low", "spearman_loss_high")
+        }
     return quality
 
 
@@ -151,7 +157,10 @@ def bench_shape(
     progress("exporting", 1, 2)
     baselines.make("int4", CAUSAL_LM, model, dense)
     progress("exporting", 2, 2)
-    contestants = [Contestant(f"edgec {plan}", factored, CAUSAL_LM), Contestant("dense int4 (genai builder)", dense, CAUSAL_LM)]
+    contestants = [
+        Contestant(f"edgec {plan}", factored, CAUSAL_LM),
+        Contestant("dense int4 (genai builder)", dense, CAUSAL_LM),
+    ]
     rows = run_bench(contestants, settings, lambda done, total, text: progress(f"bench {text}"[:40], done, total))
     return rows, costs
 

@@ -125,13 +125,23 @@ class Batches:
 
 
 def tokenize(
-    text: Text, tokenizer: Any, task: str, max_tokens: int, *, minimum: int = limits.MIN_CALIBRATION_TOKENS
+    text: Text,
+    tokenizer: Any,
+    task: str,
+    max_tokens: int,
+    *,
+    context: int = limits.MAX_DIMENSION,
+    minimum: int = limits.MIN_CALIBRATION_TOKENS,
 ) -> Batches:
     """Encoders: items padded into batches of similar length. Causal LMs: items joined and cut into windows.
 
-    At most about max_tokens tokens. Raises CalibrationError when fewer than `minimum` come out.
+    At most about max_tokens tokens, in rows of at most `context`, the longest that the model takes. Raises
+    CalibrationError when fewer than `minimum` come out.
     """
-    ids = _encoder_ids(text, tokenizer, max_tokens) if task == ENCODER_TASK else _windows(text, tokenizer, max_tokens)
+    if task == ENCODER_TASK:
+        ids = _encoder_ids(text, tokenizer, max_tokens, min(ENCODER_LENGTH, context))
+    else:
+        ids = _windows(text, tokenizer, max_tokens, min(DECODER_LENGTH, context))
     batches = Batches(text.origin, tuple(pad(group) for group in _grouped(ids)))
     if batches.tokens < minimum:
         raise CalibrationError(
@@ -141,10 +151,10 @@ def tokenize(
     return batches
 
 
-def _encoder_ids(text: Text, tokenizer: Any, max_tokens: int) -> list[list[int]]:
+def _encoder_ids(text: Text, tokenizer: Any, max_tokens: int, length: int) -> list[list[int]]:
     chosen, total = [], 0
     for item in text.items:
-        ids = tokenizer(item, truncation=True, max_length=ENCODER_LENGTH)["input_ids"]
+        ids = tokenizer(item, truncation=True, max_length=length)["input_ids"]
         chosen.append(ids)
         total += len(ids)
         if total >= max_tokens:
@@ -152,14 +162,14 @@ def _encoder_ids(text: Text, tokenizer: Any, max_tokens: int) -> list[list[int]]
     return sorted(chosen, key=len)
 
 
-def _windows(text: Text, tokenizer: Any, max_tokens: int) -> list[list[int]]:
+def _windows(text: Text, tokenizer: Any, max_tokens: int, length: int) -> list[list[int]]:
     stream: list[int] = []
     for item in text.items:
         stream += tokenizer(item + "\n\n")["input_ids"]
         if len(stream) >= max_tokens:
             break
-    full = len(stream) // DECODER_LENGTH
-    windows = [stream[i * DECODER_LENGTH : (i + 1) * DECODER_LENGTH] for i in range(full)]
+    full = len(stream) // length
+    windows = [stream[i * length : (i + 1) * length] for i in range(full)]
     return windows or ([stream] if stream else [])
 
 

@@ -27,6 +27,7 @@ from edgec.evaluate.language import LanguageQuality, compare, torch_logits
 from edgec.fit import FactorCache, Factors
 from edgec.modeling import DECODER_TASK, Layer
 from edgec.pooling import Pooling, read_pooling
+from edgec.runtime import ort_encoder
 
 CALIBRATION_TOKENS = 32_768
 """Tokens that statistics are collected from [tokens]."""
@@ -89,12 +90,21 @@ class Workspace:
         return read_pooling(self.folder) or Pooling("mean", normalize=True)
 
     @cached_property
+    def context(self) -> int:
+        """Longest input that the model takes [tokens]."""
+        if self.task == DECODER_TASK:
+            return int(self.checkpoint.config.get("max_position_embeddings") or calibration.DECODER_LENGTH)
+        return ort_encoder.max_tokens(self.folder, dict(self.checkpoint.config))
+
+    @cached_property
     def text(self) -> Text:
         return calibration.load_text(self.calibration_file)
 
     def batches(self, split: str, max_tokens: int) -> Batches:
         """Tokens of one split of the text; a causal LM on the default text adds some sampled from itself (each split its own)."""
-        found = calibration.tokenize(self.text.split(split), self.tokenizer, self.task, max_tokens)
+        found = calibration.tokenize(
+            self.text.split(split), self.tokenizer, self.task, max_tokens, context=self.context
+        )
         if self.calibration_file is None and self.task == DECODER_TASK and self.checkpoint.parameters <= _SAMPLE_UP_TO:
             seed = calibration.SPLITS.index(split)
             sampled = calibration.self_sampled(self.model, min(_SAMPLED_TOKENS, max_tokens), seed)
@@ -115,7 +125,7 @@ class Workspace:
     def random_batches(self) -> Batches:
         """Random token ids, for checking structure where there is no text that the model knows: [2, 32]."""
         vocabulary = modeling.dimensions(self.checkpoint).vocabulary
-        ids = torch.randint(0, vocabulary, (2, 32), generator=torch.Generator().manual_seed(0))
+        ids = torch.randint(0, vocabulary, (2, min(32, self.context)), generator=torch.Generator().manual_seed(0))
         return Batches("random tokens", ({"input_ids": ids, "attention_mask": torch.ones_like(ids)},))
 
     def weight(self, name: str) -> NDArray[Any]:

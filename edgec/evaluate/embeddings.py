@@ -43,7 +43,9 @@ def embed_batches(model: transformers.PreTrainedModel, batches: Batches, pooling
     return np.concatenate(parts)
 
 
-def torch_embedder(model: transformers.PreTrainedModel, tokenizer: Any, pooling: Pooling, batch: int = 64) -> Embed:
+def torch_embedder(
+    model: transformers.PreTrainedModel, tokenizer: Any, pooling: Pooling, *, max_tokens: int = 256, batch: int = 64
+) -> Embed:
     """An `Embed` over a torch model; sentences are sorted by length to waste no padding, and come back in order."""
 
     def embed(sentences: Sequence[str]) -> NDArray[np.float32]:
@@ -52,7 +54,7 @@ def torch_embedder(model: transformers.PreTrainedModel, tokenizer: Any, pooling:
         for start in range(0, len(order), batch):
             rows = order[start : start + batch]
             tokens = tokenizer(
-                [sentences[i] for i in rows], padding=True, truncation=True, max_length=256, return_tensors="pt"
+                [sentences[i] for i in rows], padding=True, truncation=True, max_length=max_tokens, return_tensors="pt"
             )
             with torch.no_grad():
                 vectors = embed_batch(model, dict(tokens), pooling).float().numpy()

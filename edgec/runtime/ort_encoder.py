@@ -52,7 +52,7 @@ class OrtEncoder:
         self.folder = Path(folder)
         config_path = self.folder / "config.json"
         self.config = read_json(config_path)
-        self.max_tokens = _max_tokens(self.folder, self.config)
+        self.max_tokens = max_tokens(self.folder, self.config)
         self._tokenizer = _tokenizer(self.folder, self.config, self.max_tokens)
         model = inside(self.folder, "model.onnx", config_path)
         ort = import_onnxruntime()
@@ -118,7 +118,7 @@ class OrtEncoder:
         return result
 
 
-def _max_tokens(folder: Path, config: dict[str, Any]) -> int:
+def max_tokens(folder: Path, config: dict[str, Any]) -> int:
     """The longest input [tokens]: what sentence-transformers uses when it says so, else the smallest known limit."""
     positions = config.get("max_position_embeddings")
     if isinstance(positions, int) and config.get("model_type") in _OFFSET_POSITIONS:
