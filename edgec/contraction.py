@@ -54,7 +54,10 @@ class MatMul:
 
 @dataclass(frozen=True)
 class BlockMatMul:
-    """One small matrix per group: x [..., g·b], core [g, b, b] → y [..., g·b], y[g, i] = Σ_j core[g, i, j] x[g, j]."""
+    """One small matrix per group: x [..., g·b], core [g, b, b] → y [..., g·b], y[g, i] = Σ_j core[g, i, j] x[g, j].
+
+    x has no other trailing axis, so that its groups and blocks still fit in the axes that backends have.
+    """
 
     core: str
     g: int
@@ -181,7 +184,7 @@ def _step_shape(step: Step, trailing: tuple[int, ...]) -> tuple[int, ...]:
         case MatMul(_, n, k):
             fits, after = bool(trailing) and trailing[-1] == k, (*trailing[:-1], n)
         case BlockMatMul(_, g, b):
-            fits, after = bool(trailing) and trailing[-1] == g * b, trailing
+            fits, after = trailing == (g * b,), trailing
         case Scale(_, n):
             fits, after = bool(trailing) and trailing[-1] == n, trailing
         case ReduceSum(axis):
@@ -239,7 +242,7 @@ def _flops(steps: Sequence[Step], trailing: tuple[int, ...]) -> int:
             case MatMul(_, n, k):
                 total += 2 * n * k * math.prod(trailing[:-1])
             case BlockMatMul(_, g, b):
-                total += 2 * g * b * b * math.prod(trailing[:-1])
+                total += 2 * g * b * b
             case Scale():
                 total += math.prod(trailing)
             case ReduceSum():

@@ -20,7 +20,7 @@ from edgec.contraction import Contraction, Gather, core_shapes, dense, quantisab
 from edgec.errors import NumericsError, PlanError
 from edgec.moments import SecondMoment
 from edgec.quantize import gptq, rtn
-from edgec.quantize.formats import CoreFormat, QuantizedTensor
+from edgec.quantize.formats import CoreFormat, QuantizedTensor, storable
 from edgec.records import Spec
 
 Core = NDArray[Any] | QuantizedTensor
@@ -87,7 +87,7 @@ def fit(
             quantised: QuantizedTensor = method.quantize(core, own, core_moment)
             cores[name] = quantised
             return quantised.dequantize()
-        stored = np.ascontiguousarray(core, dtype=np.float16 if own.bits == 16 else np.float32)
+        stored = np.ascontiguousarray(storable(core) if own.bits == 16 else core.astype(np.float32))
         cores[name] = stored
         return stored
 

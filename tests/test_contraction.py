@@ -142,6 +142,11 @@ def test_an_ill_fitting_step_is_named(step: Step) -> None:
     assert str(step) in str(caught.value)
 
 
+def test_groups_need_the_only_trailing_axis() -> None:
+    with pytest.raises(PlanError, match="does not fit"):
+        Contraction(8, 8, (Reshape((2, 4)), BlockMatMul("turn", 2, 2), Reshape((8,))))
+
+
 def test_more_than_three_trailing_axes_are_refused() -> None:
     assert infer_shape((Reshape((2, 2, 2)),), (8,)) == (2, 2, 2)
     with pytest.raises(PlanError, match="4 trailing axes"):

@@ -32,6 +32,7 @@ _FLOATS = {"fp32": 4, "fp16": 2}
 _NAME = re.compile(r"int(2|4|8)-b(\d+)(-zp)?")
 _FP16_MAX = 65504.0
 _FP16_NORMAL_MIN = 2.0**-14
+_FP32_NORMAL_MIN = 2.0**-126
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ class CoreFormat:
 class QuantizedTensor:
     """A quantised core of `shape` (n, k).
 
-    codes: uint8 [n, blocks·block], one code per byte, the padding of the last block at `fmt.zero`.
+    codes: uint8 [n, blocks·block], one code per byte, the padding of the last block at zero's code.
     scales: fp16 [n, blocks] (fp32 where fp16 cannot hold them). zero_points: uint8 [n, blocks] or None.
     """
 
@@ -142,23 +143,28 @@ def unpack_bits(packed: NDArray[np.uint8], bits: int, m: int) -> NDArray[np.uint
     return codes[:, :m]
 
 
-def storable_scales(scales: Array) -> Array:
-    """Scales as they will be stored, so that codes are computed against the values that the runtime will see.
+def storable(values: Array) -> Array:
+    """Floats as they will be stored: fp16, unless the largest overflows it or is so small that fp16 has no bits for it.
 
-    fp16, unless the largest scale overflows it or is so small that fp16 would hold it as a subnormal.
+    fp32 then, with subnormal numbers set to zero.
     """
+    largest = float(np.abs(values).max(initial=0.0))
+    if largest == 0.0 or _FP16_NORMAL_MIN <= largest <= _FP16_MAX:
+        return values.astype(np.float16)
+    return np.where(np.abs(values) < _FP32_NORMAL_MIN, 0, values).astype(np.float32)
+
+
+def storable_scales(scales: Array) -> Array:
+    """`storable`, so that codes are computed against the values that the runtime will see. Raises NumericsError."""
     if not np.isfinite(scales).all():
         raise NumericsError("a quantization scale is NaN or Inf; the weights or their statistics are not finite")
-    largest = float(np.abs(scales).max(initial=0.0))
-    fits = largest == 0.0 or _FP16_NORMAL_MIN <= largest <= _FP16_MAX
-    return scales.astype(np.float16 if fits else np.float32)
+    return storable(scales)
 
 
 def block_grid(
     blocks: NDArray[np.float32], fmt: CoreFormat, importance: NDArray[np.float32] | None = None
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Scale and zero point of every block: blocks [..., block] → scales [...], zeros [...] (float32, zeros
-    integral).
+    """Scale and zero point of every block: blocks [..., block] → scales, zeros [...] (float32, zeros integral).
 
     The scale is searched on a short grid below the one that just covers the extremes, minimising the squared
     error weighted by `importance` [..., block] (broadcast; the diagonal of H): clipping a few extremes a little
@@ -181,8 +187,9 @@ def block_grid(
         for factor in factors:
             scale = storable_scales(base * np.float32(factor)).astype(np.float32)
             zero = _zero(low * np.float32(factor), scale, fmt)
-            error = (blocks - _on_grid(blocks, scale, zero, top)) ** 2
-            error = (error if importance is None else error * importance).sum(axis=-1)
+            with np.errstate(over="ignore"):  # an infinite error wins over nothing
+                error = (blocks - _on_grid(blocks, scale, zero, top)) ** 2
+                error = (error if importance is None else error * importance).sum(axis=-1)
             if best_error is None:
                 best_error, scales, zeros = error, scale, zero
             else:

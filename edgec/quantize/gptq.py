@@ -27,7 +27,7 @@ def quantize(core: NDArray[Any], fmt: CoreFormat, second_moment: SecondMoment | 
     top = np.float32((1 << fmt.bits) - 1)
 
     work = np.ascontiguousarray(core.T, dtype=np.float32)  # [k, n]: one column of the core is one contiguous row here
-    codes = np.full((fmt.blocks(k) * fmt.block, n), fmt.zero, np.uint8)
+    codes = np.empty((fmt.blocks(k) * fmt.block, n), np.uint8)
     scales = np.zeros((fmt.blocks(k), n), np.float32)
     zeros = np.full((fmt.blocks(k), n), fmt.zero, np.float32)
     for block in range(fmt.blocks(k)):
@@ -44,6 +44,8 @@ def quantize(core: NDArray[Any], fmt: CoreFormat, second_moment: SecondMoment | 
             work[column:stop] -= np.outer(local, error)
             errors[column - start] = error
         work[stop:] -= feedback[start:stop, stop:].T @ errors
+    codes[k:] = zeros[-1]
     zero_points = np.ascontiguousarray(zeros.T).astype(np.uint8) if fmt.zero_points else None
-    # block_grid already rounded the scales to what fp16 (or fp32) stores, so this conversion is exact.
+    # block_grid already rounded the scales to fp16 (or fp32) block by block. All of them together can only fall back to
+    # fp32, which is exact, or round a column of scales below fp16's normal range, which the largest ones drown.
     return QuantizedTensor(fmt, (n, k), np.ascontiguousarray(codes.T), storable_scales(scales.T.copy()), zero_points)

@@ -281,7 +281,9 @@ def test_no_dense_tensor_in_the_truncated_graph(kind: str, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("kind", decompose.kinds())
-@pytest.mark.parametrize("fmt", ["fp16", "int8-b32", "int4-b32", "int4-b64", "int4-b32-zp", "int2-b64", "int2-b32"])
+@pytest.mark.parametrize(
+    "fmt", ["fp16", "int8-b32", "int4-b32", "int4-b64", "int4-b32-zp", "int8-b16-zp", "int2-b64", "int2-b32"]
+)
 def test_quantised_cores_agree_in_onnxruntime_and_torch(kind: str, fmt: str, tmp_path: Path) -> None:
     shape = (48, 80)
     weight, moment = weight_of("decaying", *shape), moment_of("full rank", 80)
@@ -292,7 +294,9 @@ def test_quantised_cores_agree_in_onnxruntime_and_torch(kind: str, fmt: str, tmp
         assert relative(found, torch_of(factors, x)) <= 1e-4, spec
 
 
-@pytest.mark.parametrize("fmt", ["fp32", "fp16", "int8-b32", "int8-b16", "int4-b32", "int4-b16"])
+@pytest.mark.parametrize(
+    "fmt", ["fp32", "fp16", "int8-b32", "int8-b16", "int4-b32", "int4-b16", "int4-b32-zp", "int8-b16-zp"]
+)
 def test_a_table_agrees_in_onnxruntime_and_torch(fmt: str, tmp_path: Path) -> None:
     table = weight_of("random", 101, 64)
     factors = fit(table, Spec("dense"), CoreFormat.parse(fmt), role="embedding")

@@ -16,7 +16,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from edgec.contraction import Gather, run
+from edgec.contraction import run
 from edgec.errors import ExportError
 from edgec.export.onnx.graph import DenseGraph
 from edgec.fit import Core, Factors
@@ -31,7 +31,7 @@ class OnnxOps:
     def __init__(
         self, prefix: str, cores: Mapping[str, Core], leading: int, accuracy_level: int, shared: Set[int] = frozenset()
     ) -> None:
-        """shared: ids of the cores that another layer stores too, whose layout in the file must therefore stay as it is."""
+        """shared: ids of the cores that another layer stores too: their layout in the file must stay as it is."""
         self.prefix, self.cores, self.leading, self.accuracy_level = prefix, cores, leading, accuracy_level
         self.shared = shared
         self.nodes: list[ir.Node] = []
@@ -96,6 +96,8 @@ class OnnxOps:
             raise ExportError(f"{self.prefix}: rows of {n} do not divide into blocks of {stored.fmt.block}")
         data = self._constant(core + ".codes", stored.packed().reshape(v, -1))
         inputs = [data, ids, self._float(core + ".scales", stored.scales)]
+        if (zero_points := stored.packed_zero_points()) is not None:
+            inputs.append(self._constant(core + ".zero_points", zero_points))
         return self._node(
             "GatherBlockQuantized",
             inputs,
@@ -146,8 +148,7 @@ def lower(graph: DenseGraph, factors: Mapping[str, Factors], *, accuracy_level: 
     uses = Counter(id(core) for fitted in factors.values() for core in fitted.cores.values())
     shared = {core for core, count in uses.items() if count > 1}
     for name, fitted in factors.items():
-        lookup = isinstance(fitted.contraction.steps[0], Gather)
-        node = (graph.embeddings if lookup else graph.linears).get(name)
+        node = (graph.embeddings if fitted.contraction.lookup else graph.linears).get(name)
         if node is None:
             raise ExportError(f"lowering: layer {name!r} is in the plan, but no node of the graph computes it")
         _replace(model, node, name, fitted, accuracy_level, shared)
@@ -157,15 +158,14 @@ def lower(graph: DenseGraph, factors: Mapping[str, Factors], *, accuracy_level: 
 
 
 def _replace(model: ir.Graph, node: ir.Node, name: str, fitted: Factors, accuracy_level: int, shared: Set[int]) -> None:
-    lookup = isinstance(fitted.contraction.steps[0], Gather)
+    lookup = fitted.contraction.lookup
     x = node.inputs[1 if lookup else 0]
     old = node.outputs[0]
     if x is None:
         raise ExportError(f"lowering: the node of layer {name!r} has no input")
     leading = _leading(x, lookup, name)
     ops = OnnxOps(name, fitted.cores, leading, accuracy_level, shared)
-    contraction = fitted.contraction
-    y = run(contraction.steps, ops, x, () if lookup else (contraction.in_features,))
+    y = run(fitted.contraction.steps, ops, x, fitted.contraction.start)
     for value in ops.initializers:
         model.register_initializer(value)
     model.insert_before(node, ops.nodes)
