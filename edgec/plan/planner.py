@@ -148,16 +148,20 @@ def _restricted(
     fmt: str,
 ) -> list[Choice]:
     """The plan whose every block linear has this one form, everything else allocated as usual."""
-    fixed = {}
+    fixed: dict[str, list[Choice]] = {}
+    linears = matched = 0
     for name, offered in choices.items():
         if not offered or offered[0].role != "linear":
             fixed[name] = offered
             continue
         spec = uniform(offered[0].shape, ratio, target.rank_multiple)
-        matches = [c for c in offered if c.spec == spec and c.format == fmt] or [
-            c for c in offered if c.spec.kind == "dense" and c.format == fmt
-        ]
-        fixed[name] = matches or [c for c in offered if c.format == str(FALLBACK)]
+        exact = [c for c in offered if c.spec == spec and c.format == fmt]
+        dense = [c for c in offered if c.spec.kind == "dense" and c.format in (fmt, str(FALLBACK))]
+        fixed[name] = exact or dense[-1:]  # the fallback format is offered first, so the last is the wanted one if there is one
+        linears += 1
+        matched += bool(exact)
+    if 2 * matched < linears:
+        raise PlanError(f"only {matched} of {linears} layers can be {ratio:g} of their parameters in {fmt}")
     return _allocate(fixed, tied, budget, sizes)
 
 
