@@ -154,23 +154,35 @@ def skeleton(checkpoint: Checkpoint) -> transformers.PreTrainedModel:
     """`without_memory`, its shapes checked against the checkpoint's before anything is allocated."""
     model = without_memory(checkpoint)
     expected = model.state_dict()
-    prefix = f"{model.base_model_prefix}."
-    seen = set()
-    for name, info in checkpoint.tensors.items():
-        match = next((n for n in (name, prefix + name, name.removeprefix(prefix)) if n in expected), None)
-        if match is None:
-            logger.info("tensor %r of the checkpoint has no place in %s; ignored", name, type(model).__name__)
-            continue
-        seen.add(match)
-        shape = tuple(expected[match].shape)
+    found = places(model, checkpoint)
+    for name, place in found.items():
+        info, shape = checkpoint.tensors[name], tuple(expected[place].shape)
         if shape != info.shape:
             raise CheckpointError(
                 f"{info.file}: tensor {name!r} is {list(info.shape)}, config.json makes it {list(shape)}"
             )
+    for stray in sorted(set(checkpoint.tensors) - set(found)):
+        logger.info("tensor %r of the checkpoint has no place in %s; ignored", stray, type(model).__name__)
     tied = set(_tied_names(model))
-    if missing := sorted(set(expected) - seen - tied):
+    if missing := sorted(set(expected) - set(found.values()) - tied):
         raise CheckpointError(f"{checkpoint.folder}: {len(missing)} tensors are missing, first {missing[0]!r}")
     return model
+
+
+def places(model: transformers.PreTrainedModel, checkpoint: Checkpoint) -> dict[str, str]:
+    """Tensor of the checkpoint → the model's own name for it; strays are left out.
+
+    Checkpoints come with and without the backbone's prefix, and the oldest ones call a norm's weight and bias gamma and beta.
+    """
+    known = set(model.state_dict())
+    prefix = f"{model.base_model_prefix}."
+    found = {}
+    for name in checkpoint.tensors:
+        modern = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+        place = next((n for n in (modern, prefix + modern, modern.removeprefix(prefix)) if n in known), None)
+        if place is not None:
+            found[name] = place
+    return found
 
 
 def load_dense(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> transformers.PreTrainedModel:

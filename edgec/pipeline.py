@@ -188,6 +188,7 @@ def export(request: ExportRequest, progress: Progress = _silent) -> Exported:
         else:
             workspace = Workspace(request.model, request.calibration)
             exporter.refuse_unsupported(workspace.checkpoint, workspace.task)
+            workspace.require_finite()
             made, factors, written = _plan_and_write(workspace, request, target, budget, stage, work, progress)
         manifest = _verified_manifest(workspace, made, factors, written, target, stage, request, progress)
         (stage / MANIFEST_NAME).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n", encoding="utf-8")
@@ -319,8 +320,9 @@ def _verified_manifest(
     """Parity, then quality of the shipped files, then the manifest that records both. Raises VerificationError."""
     progress("verifying", 0, 3)
     batches = workspace.report_batches if request.quality else workspace.random_batches
-    with workspace.substituted(factors) as compressed:
-        parity = verify.verify_parity(stage, compressed, workspace.task, batches)
+    compressed = store.assemble(workspace.checkpoint, factors)
+    parity = verify.verify_parity(stage, compressed, workspace.task, batches)
+    del compressed
     progress("verifying", 1, 3)
     quality = measure_quality(workspace, stage) if request.quality else {}
     progress("verifying", 2, 3)

@@ -54,6 +54,7 @@ class Workspace:
     folder: Path
     calibration_file: Path | None = None
     cache: FactorCache = field(default_factory=FactorCache)
+    _finite: bool = False
 
     @cached_property
     def checkpoint(self) -> Checkpoint:
@@ -65,9 +66,15 @@ class Workspace:
 
     @cached_property
     def model(self) -> transformers.PreTrainedModel:
-        """The dense model; every weight is checked to be finite first."""
-        self.checkpoint.check_finite()
+        """The dense model, float32; every weight is checked to be finite first."""
+        self.require_finite()
         return modeling.load_dense(self.checkpoint)
+
+    def require_finite(self) -> None:
+        """Check every weight once. Raises NumericsError naming the tensor."""
+        if not self._finite:
+            self.checkpoint.check_finite()
+            self._finite = True
 
     @cached_property
     def _trial(self) -> transformers.PreTrainedModel:
@@ -129,8 +136,19 @@ class Workspace:
         return Batches("random tokens", ({"input_ids": ids, "attention_mask": torch.ones_like(ids)},))
 
     def weight(self, name: str) -> NDArray[Any]:
-        """A layer's weight, float32 [out, in]."""
-        return np.asarray(self.model.get_submodule(name).weight.detach().float().numpy())
+        """A layer's weight, float32 [out, in], read from the file (a tied head's from its table)."""
+        stored = self._stored
+        source = stored.get(f"{name}.weight") or stored[f"{self._tied[name]}.weight"]
+        return np.asarray(self.checkpoint.read(source), dtype=np.float32)
+
+    @cached_property
+    def _stored(self) -> dict[str, str]:
+        found = modeling.places(modeling.without_memory(self.checkpoint), self.checkpoint)
+        return {place: name for name, place in found.items()}
+
+    @cached_property
+    def _tied(self) -> dict[str, str | None]:
+        return {layer.name: layer.tied_to for layer in self.layers}
 
     def divergence(self, model: transformers.PreTrainedModel, batches: Batches) -> float:
         """End-to-end loss against the dense model: KL [nats per token], or 1 − mean cosine."""

@@ -61,9 +61,8 @@ def save_compressed(
     replaced = {f"{name}.weight" for name in factors}
     model = modeling.skeleton(checkpoint)
     tensors: dict[str, NDArray[Any]] = {}
-    for name in checkpoint.tensors:
-        place = place_of(model, name)
-        if place is not None and place not in replaced:
+    for name, place in modeling.places(model, checkpoint).items():
+        if place not in replaced:
             tensors[place] = np.ascontiguousarray(checkpoint.read(name))
     owners: dict[int, str] = {}
     aliases: dict[str, str] = {}
@@ -91,13 +90,6 @@ def save_compressed(
         (stage / "edgec.json").write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n", encoding="utf-8")
         save_file(dict(sorted(tensors.items())), stage / "model.safetensors")
         copy_companions(checkpoint.folder, stage)
-
-
-def place_of(model: transformers.PreTrainedModel, name: str) -> str | None:
-    """The model's own name of a checkpoint tensor (checkpoints come with and without the backbone's prefix), None for strays."""
-    prefix = f"{model.base_model_prefix}."
-    known = model.state_dict()
-    return next((n for n in (name, prefix + name, name.removeprefix(prefix)) if n in known), None)
 
 
 def open_compressed(folder: Path) -> Compressed:
@@ -142,18 +134,24 @@ def read_factors(compressed: Compressed) -> dict[str, Factors]:
 def load(folder: Path | str) -> transformers.PreTrainedModel:
     """A transformers model of a compressed folder, its cores as float32 parameters. Raises CheckpointError."""
     compressed = open_compressed(Path(folder))
-    factors = read_factors(compressed)
-    model = modeling.empty(compressed.checkpoint)
+    return assemble(compressed.checkpoint, read_factors(compressed))
+
+
+def assemble(checkpoint: Checkpoint, factors: Mapping[str, Factors]) -> transformers.PreTrainedModel:
+    """The model with factored modules for `factors` and the checkpoint's tensors for everything else, float32, in eval mode.
+
+    The dense weights of factored layers are never read. Raises CheckpointError where a tensor is missing.
+    """
+    model = modeling.empty(checkpoint)
     apply_factors(model, factors)
     state = {
-        name: torch.from_numpy(np.array(compressed.checkpoint.read(name)).astype(np.float32))
-        for name in compressed.checkpoint.tensors
+        place: torch.from_numpy(np.array(checkpoint.read(name)).astype(np.float32))
+        for name, place in modeling.places(model, checkpoint).items()
         if ".cores." not in name
     }
     missing, _ = model.load_state_dict(state, strict=False)
-    lacking = [name for name in missing if ".cores." not in name]
-    if lacking:
-        raise CheckpointError(f"{folder}: {len(lacking)} tensors are missing, first {lacking[0]!r}")
+    if lacking := [name for name in missing if ".cores." not in name]:
+        raise CheckpointError(f"{checkpoint.folder}: {len(lacking)} tensors are missing, first {lacking[0]!r}")
     model.eval()
     model.requires_grad_(False)
     return model

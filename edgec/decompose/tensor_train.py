@@ -225,8 +225,8 @@ def _refit(m: Array, h: Array | None, core: Array) -> tuple[Array, Array | None]
     outs, o, left, s = m.shape
     rank = core.shape[1]
     if h is None:
-        gram = np.einsum("ors,oqs->rq", core, core)
-        right = np.einsum("Oois,ors->Oir", m, core).reshape(-1, rank)
+        gram = np.tensordot(core, core, axes=([0, 2], [0, 2]))  # tensordot, because einsum would not call BLAS
+        right = np.tensordot(m, core, axes=([1, 3], [0, 2])).reshape(-1, rank)
         return _solve(gram, right).reshape(outs, left * rank), None
     second = np.zeros((left * rank, left * rank))
     cross = np.zeros((outs, left * rank))
