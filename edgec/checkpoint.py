@@ -118,7 +118,7 @@ class Checkpoint:
                 continue
             flat = self.read(name).reshape(-1)
             for start in range(0, flat.size, 1 << 22):
-                part = flat[start : start + (1 << 22)].astype(np.float32, copy=False)
+                part = flat[start : start + (1 << 22)]
                 if not np.isfinite(part).all():
                     kind = "NaN" if np.isnan(part).any() else "Inf"
                     raise NumericsError(
@@ -154,9 +154,12 @@ def open_checkpoint(folder: Path | str) -> Checkpoint:
 
 
 def _weight_files(folder: Path) -> list[Path]:
+    if (folder / "model.safetensors").exists():  # beside an index, transformers too takes the single file
+        return [_inside(folder, "model.safetensors")]
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        weight_map = read_json(index).get("weight_map")
+        body = read_json(index)
+        weight_map = body.get("weight_map") if isinstance(body, dict) else None
         if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
             raise CheckpointError(f"{index}: no weight_map; expected tensor name → file name")
         shards = sorted(set(weight_map.values()))
@@ -167,8 +170,6 @@ def _weight_files(folder: Path) -> list[Path]:
         if lacking := sorted(set(weight_map) - present):
             raise CheckpointError(f"{index}: {len(lacking)} tensors are in no shard, first {lacking[0]!r}")
         return files
-    if (folder / "model.safetensors").exists():
-        return [_inside(folder, "model.safetensors")]
     if any(found for pattern in _PICKLES for found in folder.glob(pattern)):
         raise CheckpointError(
             f"{folder}: only pickled weights (*.bin, *.pt), which can run code when loaded; convert them on a machine "
@@ -182,8 +183,10 @@ def _inside(folder: Path, name: str) -> Path:
     if Path(name).name != name or name in {"", ".", ".."}:
         raise CheckpointError(f"{folder}: weight file {name!r} is not a plain file name")
     path = folder / name
-    target = path.resolve()
-    home = folder.resolve()
+    try:
+        target, home = path.resolve(), folder.resolve()
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(f"{path}: its symbolic links go in a circle") from error
     hub_cache = home.parent.name == "snapshots" and target.parent == home.parent.parent / "blobs"
     if target.parent != home and not hub_cache:
         raise CheckpointError(f"{path}: links out of the folder to {target}; copy the file instead")
@@ -218,10 +221,11 @@ def parse_json(text: str, where: str) -> Any:
             depth -= 1
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        result = dict(pairs)
-        if len(result) != len(pairs):
-            repeated = next(k for i, (k, _) in enumerate(pairs) if k in dict(pairs[:i]))
-            raise CheckpointError(f"{where}: key {repeated!r} appears twice")
+        result: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in result:
+                raise CheckpointError(f"{where}: key {key!r} appears twice")
+            result[key] = value
         return result
 
     def no_constant(name: str) -> Any:
@@ -284,8 +288,9 @@ def _tensor_infos(path: Path, header: dict[str, Any], base: int, size: int) -> I
                 )
         if dtype not in _DTYPES:
             raise CheckpointError(f"{path}: tensor {name!r} has dtype {dtype!r}; known: {', '.join(_DTYPES)}")
-        if len(shape) > limits.MAX_TENSOR_RANK or any(type(d) is not int or d < 0 for d in shape):
-            raise CheckpointError(f"{path}: tensor {name!r} has shape {shape!r}")
+        sound = len(shape) <= limits.MAX_TENSOR_RANK and all(type(d) is int and d >= 0 for d in shape)
+        if not sound or math.prod(d for d in shape if d) >= 1 << 48:  # numpy refuses [0, 2⁶⁰] too
+            raise CheckpointError(f"{path}: tensor {name!r} has shape {str(shape)[:200]}")
         expected = math.prod(shape) * np.dtype(_DTYPES[dtype]).itemsize
         if not 0 <= start <= stop <= size - base or stop - start != expected:
             raise CheckpointError(

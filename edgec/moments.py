@@ -64,10 +64,6 @@ class SecondMoment:
         e = np.asarray(rows, dtype=np.float32)
         return float(np.einsum("ij,ij->", e @ self.matrix.astype(np.float32), e))
 
-    def through(self, matrix: Array) -> SecondMoment:
-        """Second moment of P x for P [m, k]: P H Pᵀ."""
-        return SecondMoment(matrix @ self.matrix @ matrix.T)
-
     @staticmethod
     def _factor(matrix: NDArray[np.float64], share: float) -> NDArray[np.float64]:
         mean = float(np.trace(matrix)) / len(matrix)

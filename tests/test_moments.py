@@ -1,0 +1,67 @@
+"""The second moment's factorizations, on well-behaved, singular, zero and hopeless matrices."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edgec.errors import NumericsError
+from edgec.moments import DAMPING, SecondMoment
+
+
+def moment(width: int, samples: int, seed: int = 0) -> np.ndarray[Any, Any]:
+    x = np.random.default_rng(seed).standard_normal((samples, width)) * np.exp(-np.arange(width) * 3 / width)
+    return x.T @ x / samples
+
+
+@settings(max_examples=40, deadline=None)
+@given(width=st.integers(1, 40), samples=st.integers(1, 80), seed=st.integers(0, 99))
+def test_root_and_feedback_are_the_factorizations_they_claim(width: int, samples: int, seed: int) -> None:
+    matrix = moment(width, samples, seed)
+    found, mean = SecondMoment(matrix), np.trace(matrix) / width
+    root, feedback = found.root, found.feedback.astype(np.float64)
+    np.testing.assert_array_equal(np.triu(root, 1), 0)
+    np.testing.assert_allclose(root @ root.T, matrix, atol=2e-6 * mean)
+    np.testing.assert_array_equal(np.tril(feedback, -1), 0)
+    damped = matrix + DAMPING * mean * np.eye(width)
+    np.testing.assert_allclose(feedback.T @ feedback @ damped, np.eye(width), atol=2e-3)
+
+
+def test_a_zero_moment_is_treated_as_white() -> None:
+    zero = SecondMoment(np.zeros((5, 5)))
+    np.testing.assert_allclose(zero.root, np.eye(5))
+    np.testing.assert_allclose(zero.feedback, np.eye(5))
+    assert (zero.diagonal == 0).all()
+    assert zero.squared(np.ones((2, 5))) == 0
+
+
+def test_squared_is_the_expected_output_error() -> None:
+    generator = np.random.default_rng(0)
+    x, error = generator.standard_normal((200, 6)), generator.standard_normal((3, 6))
+    expected = float(((x @ error.T) ** 2).sum() / 200)
+    assert SecondMoment(x.T @ x / 200).squared(error) == pytest.approx(expected, rel=1e-5)
+
+
+def test_float32_noise_below_zero_is_damped_away() -> None:
+    """A rank-one moment accumulated in float32 has eigenvalues that are a little negative."""
+    x = np.random.default_rng(0).standard_normal((1, 200)).astype(np.float32) * 30
+    found = SecondMoment(x.T @ x)
+    assert np.isfinite(found.root).all()
+    assert np.isfinite(found.feedback).all()
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_moments_that_are_not_finite_are_refused(bad: float) -> None:
+    matrix = np.eye(3)
+    matrix[1, 1] = bad
+    with pytest.raises(NumericsError, match="NaN or Inf"):
+        SecondMoment(matrix)
+
+
+def test_a_moment_that_is_none_is_refused() -> None:
+    with pytest.raises(NumericsError, match="not positive semi-definite"):
+        _ = SecondMoment(-1e20 * np.eye(4) + np.diag([3e20, 0, 0, 0])).root
