@@ -9,12 +9,13 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from edgec.errors import OutputError
+from edgec.errors import EdgecError, OutputError
 
 
 @contextmanager
@@ -25,16 +26,14 @@ def staged_folder(out: Path, *, force: bool = False) -> Iterator[Path]:
     Raises OutputError when `out` exists (unless force), when another run holds it, or when the disk is full.
     """
     out = _absolute(out)
-    with _locked(out):
+    with _explained(out), _locked(out):
         check_free(out, force=force)
-        stage = out.parent / f".{out.name}.partial-{os.getpid()}"
+        stage = out.parent / f"{_partial(out)}{os.getpid()}"
         try:
             stage.mkdir()
             yield stage
             _sync_tree(stage)
             _replace(stage, out)
-        except OSError as error:
-            raise _explained(error, out) from error
         finally:
             shutil.rmtree(stage, ignore_errors=True)
 
@@ -46,7 +45,9 @@ def check_free(out: Path, *, force: bool) -> None:
             raise OutputError(f"{out}: exists and is not a folder; choose another -o")
         if not force:
             raise OutputError(f"{out}: already exists; choose another -o or pass --force to replace it")
-        if any(out.iterdir()) and not any((out / name).is_file() for name in OWN_MARKERS):
+        with _explained(out):
+            empty = not any(out.iterdir())
+        if not empty and not any((out / name).is_file() for name in OWN_MARKERS):
             raise OutputError(
                 f"{out}: --force replaces folders that edgec wrote, and this one has no {' or '.join(OWN_MARKERS)}"
             )
@@ -60,38 +61,60 @@ OWN_MARKERS = ("edgec.json", "profile.json")
 def written_file(path: Path) -> Iterator[Path]:
     """A temporary path that becomes `path` (replacing it) when the block ends without an error."""
     path = _absolute(path)
-    temporary = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        raise _explained(error, path) from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    temporary = path.with_name(f"{_partial(path)}{os.getpid()}")
+    with _explained(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            for orphan in _orphans(path):
+                if not _alive(orphan):
+                    orphan.unlink(missing_ok=True)
+            yield temporary
+            _sync(temporary)
+            temporary.replace(path)
+            _sync(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 @contextmanager
 def _locked(out: Path) -> Iterator[None]:
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        lock = out.parent / f".{out.name}.lock"
-        with lock.open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise OutputError(f"{out}: another edgec run is writing it; wait for it or choose another -o") from None
-            for orphan in out.parent.glob(f".{out.name}.partial-*"):
+    out.parent.mkdir(parents=True, exist_ok=True)
+    lock = out.parent / f".{out.name}.lock"
+    with lock.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            ours = lock.exists() and os.path.samestat(os.fstat(file.fileno()), lock.stat())
+        except BlockingIOError:
+            ours = False
+        if not ours:  # held, or removed by its holder between our open and our flock
+            raise OutputError(f"{out}: another edgec run is writing it; wait for it or choose another -o")
+        try:
+            for orphan in _orphans(out):
                 shutil.rmtree(orphan, ignore_errors=True)
             _recover(out)
-            try:
-                yield
-            finally:
-                lock.unlink(missing_ok=True)
-    except OSError as error:
-        raise _explained(error, out) from error
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+
+
+def _partial(path: Path) -> str:
+    """What the names of unfinished siblings of `path` start with; the process id follows."""
+    return f".{path.name}.partial-"
+
+
+def _orphans(path: Path) -> list[Path]:
+    return [p for p in path.parent.iterdir() if p.name.startswith(_partial(path))]
+
+
+def _alive(orphan: Path) -> bool:
+    """Does the process that an unfinished file is named after still run? Files, unlike folders, are not locked."""
+    try:
+        os.kill(int(orphan.name.rpartition("-")[2]), 0)
+    except (ValueError, ProcessLookupError):
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def _absolute(path: Path) -> Path:
@@ -135,9 +158,24 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def _explained(error: OSError, out: Path) -> OutputError:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return OutputError(f"{out}: no space left on the disk; nothing was changed. Free some or choose another -o")
-    if error.errno == errno.EFBIG:
-        return OutputError(f"{out}: the file-size limit is too small; nothing was changed")
-    return OutputError(f"{out}: cannot be written ({error.strerror or error})")
+@contextmanager
+def _explained(out: Path) -> Iterator[None]:
+    """Turns what the system refuses into an OutputError. safetensors (Rust) tells its number only in its text."""
+    try:
+        yield
+    except EdgecError:
+        raise
+    except Exception as error:
+        told = re.search(r"\(os error (\d+)\)", str(error))
+        number = error.errno if isinstance(error, OSError) else int(told[1]) if told else None
+        if number is None and not isinstance(error, OSError):
+            raise
+        if number in (errno.ENOSPC, errno.EDQUOT):
+            reason = "no space left on the disk; nothing was changed. Free some or choose another -o"
+        elif number == errno.EFBIG:
+            reason = "the file-size limit is too small; nothing was changed"
+        else:
+            other = getattr(error, "filename", None)
+            what = os.strerror(number) if number else str(error)
+            reason = f"cannot be written ({what}{f': {other}' if other else ''})"
+        raise OutputError(f"{out}: {reason}") from error
