@@ -381,9 +381,12 @@ def _peak_rss() -> int:
 def main(argv: list[str] | None = None) -> NoReturn:
     """Run the command line; every failure is one line on stderr and an exit code that is not 0."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    given = sys.argv[1:] if argv is None else argv
+    if "--debug" in given:  # wherever it stands: people append it to the command that failed
+        given = ["--debug", *(word for word in given if word != "--debug")]
     code = 1
     try:
-        code = int(app(args=argv, standalone_mode=False) or 0)
+        code = int(app(args=given, standalone_mode=False) or 0)
     except EdgecError as error:
         code = _fail(str(error), error.exit_code)
     except typer.Exit as stop:

@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.linalg import cho_solve, eigh
+from scipy.linalg import cho_solve, eigh, solve_triangular
 
 from edgec.contraction import Contraction, MatMul, Reshape, Step, Transpose
 from edgec.decompose import Finish
@@ -42,6 +42,9 @@ MAX_STATE = 4096
 
 _RIDGE = 1e-6
 """Share of the mean diagonal added to H, pulling the re-fit towards W itself where the activations say nothing."""
+
+_ZERO = 1e-10
+"""Share of the largest squared singular value below which one counts as zero: division by it would be noise."""
 
 _DOUBLE_UP_TO = 1024
 """Smaller side up to which an unwhitened weight is decomposed in float64 [count]; larger ones in float32."""
@@ -156,21 +159,18 @@ def _bond(m: Array, h: Array | None, rank: int) -> Array:
     the cut).
     """
     outs, o, left, s = m.shape
-    white = m
+    white, root = m, None
     if h is not None:
         h4 = h.reshape(left, s, left, s)
-        white = m @ SecondMoment(np.einsum("asat->st", h4) / left).root
+        root = SecondMoment(np.einsum("asat->st", h4) / left).root
+        white = m @ root
         if left > 1:
             root_left = SecondMoment(np.einsum("asbs->ab", h4) / s).root
-            root_left = root_left * (math.sqrt(left) / np.linalg.norm(root_left))
             white = np.einsum("oixs,xa->oias", white, root_left)
-    unfolding = white.transpose(0, 2, 1, 3).reshape(outs * left, o * s)
-    left_vectors, sizes = _left_singular(unfolding, rank)
-    # Projecting m itself on the left vectors gives rows in the original coordinates without inverting any root of h.
-    plain = m if h is None or left == 1 else np.einsum("oixs,xa->oias", m, root_left)
-    rows = left_vectors.T @ plain.transpose(0, 2, 1, 3).reshape(outs * left, o * s)
-    rows /= np.maximum(sizes, sizes.max(initial=0.0) * 1e-7 + 1e-30)[:, None]
-    return np.asarray(rows.reshape(rank, o, s))
+    rows = _right_singular(white.transpose(0, 2, 1, 3).reshape(outs * left, o * s), rank).T
+    if root is not None:  # back from whitened coordinates: rows · root⁻¹
+        rows = solve_triangular(root, rows.reshape(-1, s).T, trans="T", lower=True, check_finite=False).T
+    return np.asarray(rows.reshape(rank, o, s), dtype=m.dtype)
 
 
 class _FirstBond:
@@ -186,6 +186,8 @@ class _FirstBond:
         same = len(self._key) == 3 and self._key[0] is weight and self._key[1] is moment and self._key[2] == m.shape
         if not same or self._full is None:
             outs, o, left, s = m.shape
+            if moment is None:  # a plain fit tries one rank; the whole decomposition would be wasted
+                return _bond(m, h, rank)
             self._full = _bond(m, h, min(outs * left, o * s))
             self._key = (weight, moment, m.shape)
         return self._full[:rank]
@@ -194,16 +196,18 @@ class _FirstBond:
 _FIRST_BOND = _FirstBond()
 
 
-def _left_singular(matrix: Array, rank: int) -> tuple[Array, Array]:
-    """Leading left singular vectors [rows, rank] and values [rank], largest first, through the smaller Gram matrix."""
+def _right_singular(matrix: Array, rank: int) -> Array:
+    """Leading right singular vectors [cols, rank], orthonormal, largest first, through the smaller Gram matrix."""
     rows, cols = matrix.shape
-    if rows <= cols:
-        values, vectors = _eigh(matrix @ matrix.T, rank)
-        return vectors, np.sqrt(np.maximum(values, 0))
-    values, right = _eigh(matrix.T @ matrix, rank)
-    # QR, not a division by the singular values: vectors of numerically zero ones must be orthogonal to the others too.
-    vectors, upper = np.linalg.qr(matrix @ right)
-    return vectors * np.where(np.diag(upper) < 0, -1, 1).astype(vectors.dtype), np.sqrt(np.maximum(values, 0))
+    if cols <= rows:
+        return _eigh(matrix.T @ matrix, rank)[1]
+    values, left = _eigh(matrix @ matrix.T, rank)
+    vectors = matrix.T @ left
+    if values[-1] > _ZERO * values[0]:
+        return np.asarray(vectors / np.sqrt(values))
+    # Vectors of numerically zero singular values must be orthogonal to the others too; signs are kept for repeatability.
+    vectors, upper = np.linalg.qr(vectors)
+    return vectors * np.where(np.diag(upper) < 0, -1, 1).astype(vectors.dtype)
 
 
 def _eigh(gram: Array, rank: int) -> tuple[Array, Array]:
