@@ -64,11 +64,13 @@ def load_text(file: Path | None = None) -> Text:
         paragraphs = (p for name in sorted(topics) for p in topics[name].split("\n\n"))
         return Text("pydoc_data.topics", _clean(paragraphs))
     try:
-        if file.stat().st_size > limits.MAX_CALIBRATION_BYTES:
+        with file.open("rb") as stream:  # a pipe has no size, so the cap is on what is read
+            raw = stream.read(limits.MAX_CALIBRATION_BYTES + 1)
+        if len(raw) > limits.MAX_CALIBRATION_BYTES:
             raise CalibrationError(
                 f"{file}: larger than {limits.MAX_CALIBRATION_BYTES // 1_000_000} MB; a sample is enough"
             )
-        content = file.read_text(encoding="utf-8")
+        content = raw.decode("utf-8-sig").replace("\r\n", "\n")
     except OSError as error:
         raise CalibrationError(f"{file}: cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
@@ -81,7 +83,7 @@ def load_text(file: Path | None = None) -> Text:
 
 def _jsonl(file: Path, content: str) -> Sequence[str]:
     items = []
-    for number, line in enumerate(content.splitlines(), start=1):
+    for number, line in enumerate(content.split("\n"), start=1):  # splitlines would cut strings at U+2028
         if not line.strip():
             continue
         try:
@@ -91,7 +93,8 @@ def _jsonl(file: Path, content: str) -> Sequence[str]:
         text = entry.get("text") if isinstance(entry, dict) else entry
         if not isinstance(text, str):
             raise CalibrationError(f'{file}:{number}: expected a string or an object with "text"')
-        items.append(text)
+        if text.strip():
+            items.append(text.encode("utf-8", "replace").decode())  # JSON can spell half a surrogate pair
     return items
 
 
@@ -155,6 +158,8 @@ def _encoder_ids(text: Text, tokenizer: Any, max_tokens: int, length: int) -> li
     chosen, total = [], 0
     for item in text.items:
         ids = tokenizer(item, truncation=True, max_length=length)["input_ids"]
+        if not ids:
+            continue
         chosen.append(ids)
         total += len(ids)
         if total >= max_tokens:

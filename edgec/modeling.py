@@ -7,8 +7,9 @@ spells them; `_NORMALIZED_FALLBACK` is the one small table of our own, for the m
 from __future__ import annotations
 
 import logging
+import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -32,8 +33,11 @@ MIN_TABLE_ROWS = 64
 _NORMALIZED_FALLBACK = {
     # optimum 2.3's NormalizedConfigManager lacks these; their text configs use the common attribute names.
     name: NormalizedTextConfig
-    for name in ("gemma2", "gemma3_text", "smollm3", "phi4", "modernbert")
+    for name in ("gemma2", "gemma3_text", "smollm3", "modernbert")
 }
+
+_BLOCK = re.compile(r"\.\d+\.")
+"""The number of a transformer block in a tensor's name."""
 
 ENCODER_TASK = "feature-extraction"
 DECODER_TASK = "text-generation"
@@ -87,17 +91,20 @@ def dimensions(checkpoint: Checkpoint) -> Dimensions:
                 f"{kind!r} is unknown to optimum and to edgec's fallback; cannot read its dimensions"
             ) from None
         normal = _NORMALIZED_FALLBACK[kind](config)
-    heads = int(normal.num_attention_heads)
-    hidden = int(normal.hidden_size)
-    found = Dimensions(
-        layers=int(normal.num_layers),
-        hidden=hidden,
-        heads=heads,
-        kv_heads=int(getattr(config, "num_key_value_heads", None) or heads),
-        head_dim=int(getattr(config, "head_dim", None) or hidden // heads),
-        vocabulary=int(normal.vocab_size),
-    )
-    for name, value in vars(found).items():
+    try:
+        heads, hidden = int(normal.num_attention_heads), int(normal.hidden_size)
+        found = Dimensions(
+            layers=int(normal.num_layers),
+            hidden=hidden,
+            heads=heads,
+            kv_heads=_or(getattr(config, "num_key_value_heads", None), heads),
+            head_dim=_or(getattr(config, "head_dim", None), hidden // max(1, heads)),
+            vocabulary=int(normal.vocab_size),
+        )
+    except (TypeError, ValueError, AttributeError) as error:
+        raise _invalid(checkpoint, error) from error
+    counts = {**vars(found), "max_position_embeddings": _or(getattr(config, "max_position_embeddings", None), 1)}
+    for name, value in counts.items():
         top = limits.MAX_LAYERS if name == "layers" else limits.MAX_DIMENSION
         if not 1 <= value <= top:
             raise CheckpointError(f"{checkpoint.folder / 'config.json'}: {name} is {value}, expected 1 … {top}")
@@ -106,47 +113,84 @@ def dimensions(checkpoint: Checkpoint) -> Dimensions:
 
 def hf_config(checkpoint: Checkpoint) -> transformers.PretrainedConfig:
     """The transformers configuration, built from the checked JSON; code that the checkpoint names is never run."""
-    values = dict(checkpoint.config)
-    if "quantization_config" in values:
+    where = checkpoint.folder / "config.json"
+    if "quantization_config" in checkpoint.config:
         raise UnsupportedModelError(
-            f"{checkpoint.folder / 'config.json'}: already quantised (quantization_config); edgec compresses "
-            "full-precision checkpoints"
+            f"{where}: already quantised (quantization_config); edgec compresses full-precision checkpoints"
         )
-    if values.pop("auto_map", None):
-        logger.warning("%s names remote code (auto_map); it is ignored", checkpoint.folder / "config.json")
+    if refused := sorted(_NAMES_CODE & set(checkpoint.config)):
+        logger.warning("%s names code or files to load (%s); ignored", where, ", ".join(refused))
+    values = _without_code(checkpoint.config)
     values.pop("edgec", None)
     kind = values.pop("model_type")
+    if kind not in transformers.CONFIG_MAPPING:
+        raise UnsupportedModelError(f"unknown architecture {kind!r}: transformers {transformers.__version__} lacks it")
     try:
         with quiet_transformers():
             return transformers.AutoConfig.for_model(kind, **values)
-    except ValueError as error:
-        raise UnsupportedModelError(
-            f"unknown architecture {kind!r}: this transformers does not have it ({_first_line(error)})"
-        ) from error
-    except (TypeError, KeyError) as error:
-        raise CheckpointError(
-            f"{checkpoint.folder / 'config.json'}: not a valid {kind} configuration ({_first_line(error)})"
-        ) from error
+    except Exception as error:  # whatever transformers' validators raise
+        raise _invalid(checkpoint, error) from error
+
+
+_NAMES_CODE = frozenset(
+    {
+        "auto_map",
+        "attn_implementation",  # may name a kernel on the model hub
+        "_attn_implementation",
+        "experts_implementation",
+        "_experts_implementation",
+        "transformers_weights",  # another weight file than the one that was checked
+    }
+)
+
+
+def _without_code(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        key: _without_code(value) if isinstance(value, dict) else value
+        for key, value in values.items()
+        if key not in _NAMES_CODE
+    }
+
+
+def _or(value: Any, default: int) -> int:
+    return default if value is None else int(value)
+
+
+def _invalid(checkpoint: Checkpoint, error: Exception) -> CheckpointError:
+    told = " ".join(str(error).split())[:200] or type(error).__name__
+    return CheckpointError(
+        f"{checkpoint.folder / 'config.json'}: not a valid {checkpoint.model_type} configuration ({told})"
+    )
 
 
 def without_memory(checkpoint: Checkpoint) -> transformers.PreTrainedModel:
     """The model on the meta device, by its configuration alone."""
-    dimensions(checkpoint)
-    cls = _model_class(checkpoint)
-    with quiet_transformers(), torch.device("meta"):
-        model: transformers.PreTrainedModel = cls(hf_config(checkpoint))
-    _drop_pooler(model)
-    return model
+    with torch.device("meta"):
+        return _built(checkpoint)
 
 
 def empty(checkpoint: Checkpoint) -> transformers.PreTrainedModel:
     """The model on the CPU with whatever its constructors put there: buffers are right, weights are to be loaded."""
-    dimensions(checkpoint)
-    cls = _model_class(checkpoint)
-    with quiet_transformers(), no_init_weights():
-        model: transformers.PreTrainedModel = cls(hf_config(checkpoint))
-    _drop_pooler(model)
+    with no_init_weights():
+        model = _built(checkpoint)
     model.float()
+    return model
+
+
+def _built(checkpoint: Checkpoint) -> transformers.PreTrainedModel:
+    dimensions(checkpoint)
+    cls, config = _model_class(checkpoint), hf_config(checkpoint)
+    if not isinstance(config, cls.config_class):
+        raise CheckpointError(
+            f"{checkpoint.folder / 'config.json'}: model_type {checkpoint.model_type!r} and architecture "
+            f"{checkpoint.architecture!r} do not belong together"
+        )
+    try:
+        with quiet_transformers():
+            model: transformers.PreTrainedModel = cls(config)
+    except Exception as error:  # sizes that contradict one another, unknown activations
+        raise _invalid(checkpoint, error) from error
+    _drop_pooler(model)
     return model
 
 
@@ -161,7 +205,14 @@ def skeleton(checkpoint: Checkpoint) -> transformers.PreTrainedModel:
             raise CheckpointError(
                 f"{info.file}: tensor {name!r} is {list(info.shape)}, config.json makes it {list(shape)}"
             )
+    if len(set(found.values())) < len(found):
+        repeated = sorted(name for name, place in found.items() if list(found.values()).count(place) > 1)
+        raise CheckpointError(f"{checkpoint.folder}: tensors {repeated[0]!r} and {repeated[1]!r} are the same weight")
     for stray in sorted(set(checkpoint.tensors) - set(found)):
+        if _BLOCK.search(stray) and places_of([_BLOCK.sub(".0.", stray, count=1)], model):
+            raise CheckpointError(
+                f"{checkpoint.folder}: tensor {stray!r} is in a block that config.json does not count"
+            )
         logger.info("tensor %r of the checkpoint has no place in %s; ignored", stray, type(model).__name__)
     tied = set(_tied_names(model))
     if missing := sorted(set(expected) - set(found.values()) - tied):
@@ -170,14 +221,16 @@ def skeleton(checkpoint: Checkpoint) -> transformers.PreTrainedModel:
 
 
 def places(model: transformers.PreTrainedModel, checkpoint: Checkpoint) -> dict[str, str]:
-    """Tensor of the checkpoint → the model's own name for it; strays are left out.
+    """Tensor of the checkpoint → the model's own name for it; strays are left out."""
+    return places_of(checkpoint.tensors, model)
 
-    Checkpoints come with and without the backbone's prefix, and the oldest ones call a norm's weight and bias gamma and beta.
-    """
+
+def places_of(names: Iterable[str], model: transformers.PreTrainedModel) -> dict[str, str]:
+    """Checkpoints come with and without the backbone's prefix; the oldest call a norm's weight gamma, its bias beta."""
     known = set(model.state_dict())
     prefix = f"{model.base_model_prefix}."
     found = {}
-    for name in checkpoint.tensors:
+    for name in names:
         modern = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
         place = next((n for n in (modern, prefix + modern, modern.removeprefix(prefix)) if n in known), None)
         if place is not None:
@@ -257,7 +310,3 @@ def _tied_names(model: transformers.PreTrainedModel) -> list[str]:
         return []
     keys = getattr(model, "all_tied_weights_keys", None) or getattr(model, "_tied_weights_keys", None) or []
     return list(keys)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).strip().splitlines()[0][:200]
