@@ -20,7 +20,7 @@ FALLBACK = CoreFormat(16)
 def candidates(
     targets: Sequence[Target], role: str, shape: tuple[int, int], *, incompressible: bool = False, tied: bool = False
 ) -> list[tuple[Spec, CoreFormat]]:
-    """Everything that at least one of the targets can execute for the layer, dense first.
+    """Everything that at least one of the targets can execute fast for the layer, dense first; fp16 where nothing is.
 
     tied: the layer is the head of a tied pair.
     """
@@ -35,7 +35,10 @@ def candidates(
                 for spec in decompose.get(kind).suggest(*shape, ratio, target.rank_multiple):
                     if spec.kind != "dense":
                         found += [(spec, CoreFormat.parse(name)) for name in target.factored_formats]
-    return [c for c in dict.fromkeys(found) if any(executable(t, role, shape, *c, tied=tied) for t in targets)]
+    usable = [c for c in dict.fromkeys(found) if any(executable(t, role, shape, *c, tied=tied) for t in targets)]
+    # Floats run no low-bit kernel: they are for layers that nothing else fits on one of the targets.
+    floats = any(not any(c[1].quantised and executable(t, role, shape, *c, tied=tied) for c in usable) for t in targets)
+    return usable if floats else [c for c in usable if c[1].quantised]
 
 
 def executable(
