@@ -38,6 +38,21 @@ def staged_folder(out: Path, *, force: bool = False) -> Iterator[Path]:
             shutil.rmtree(stage, ignore_errors=True)
 
 
+@contextmanager
+def work_folder(out: Path) -> Iterator[Path]:
+    """A folder beside `out`, on the disk that will hold it, for temporary files.
+
+    For use inside `staged_folder(out)`: what a killed run leaves is swept by the next holder of its lock.
+    """
+    out = _absolute(out)
+    folder = out.parent / f"{_partial(out)}work-{os.getpid()}"
+    try:
+        folder.mkdir()
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def check_free(out: Path, *, force: bool) -> None:
     """Refuse early what `staged_folder` would refuse late. Raises OutputError."""
     if os.path.lexists(out):

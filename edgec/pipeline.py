@@ -12,8 +12,7 @@ import json
 import logging
 import platform
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -124,7 +123,8 @@ def plan(
     workspace = Workspace(model, calibration)
     chosen = get_target(target)
     exporter.refuse_unsupported(workspace.checkpoint, workspace.task)
-    with _temporary(Path.cwd()) as work:
+    with tempfile.TemporaryDirectory(prefix="edgec-plan-") as folder:
+        work = Path(folder)
         graph = exporter.dense_graph(workspace.checkpoint, workspace.task, work)
         sizes = _sizes(workspace, graph, work)
     found = _profile_of(workspace, chosen, profile_folder, progress)
@@ -180,8 +180,12 @@ def export(request: ExportRequest, progress: Progress = _silent) -> Exported:
     compressed = store.is_compressed(request.model)
     if compressed and (request.plan or request.budget or request.profile):
         raise UsageError(f"{request.model} is already compressed; --plan, --budget and --profile belong to the dense model")
-    with outputs.staged_folder(request.out, force=request.force) as stage, _temporary(request.out.absolute().parent) as work:
+    if request.plan and request.budget:
+        raise UsageError("--plan already decides every layer; leave --budget out, or make a plan that fits with `edgec plan --budget`")
+    out = request.out
+    with outputs.staged_folder(out, force=request.force) as stage, outputs.work_folder(out) as work:
         if compressed:
+            request = replace(request, quality=False)  # its dense original is not here to compare with
             workspace, made, factors = _from_compressed(request, target, work)
             graph = exporter.dense_graph(workspace.checkpoint, workspace.task, work)
             written = _write(workspace, graph, factors, target, stage, progress)
@@ -233,11 +237,13 @@ def _plan_and_write(
 
 def _overrun(budget: Budget, workspace: Workspace, stage: Path, written: exporter.Written) -> float:
     companions = sum(f.stat().st_size for f in stage.rglob("*") if f.is_file()) - written.model_bytes
-    return written.model_bytes - budget.model_bytes(workspace.checkpoint.parameters, companions + _MANIFEST_BYTES)
+    files = companions + _manifest_bytes(workspace)
+    return written.model_bytes - budget.model_bytes(workspace.checkpoint.parameters, files)
 
 
-_MANIFEST_BYTES = 64 * 1024
-"""Room for edgec.json in a budget on the whole folder [bytes]."""
+def _manifest_bytes(workspace: Workspace) -> int:
+    """Room for edgec.json in a budget on the whole folder [bytes]; a layer's choice and hashes take about 600."""
+    return 4096 + 1024 * len(workspace.layers)
 
 
 def _write(
@@ -254,7 +260,8 @@ def _from_compressed(request: ExportRequest, target: Target, work: Path) -> tupl
     checkpoint = store.densify(opened, work / "dense")
     workspace = Workspace(checkpoint.folder, request.calibration)
     check_plan(replace(opened.plan, fingerprint=""), workspace.layers, target, "")
-    return workspace, opened.plan, store.read_factors(opened)
+    note = f"exported from a compressed folder: `edgec eval {request.out.name} --model DENSE` measures its quality"
+    return workspace, replace(opened.plan, notes=(*opened.plan.notes, note)), store.read_factors(opened)
 
 
 def _explicit_plan(workspace: Workspace, text: str, target: str) -> Plan:
@@ -277,7 +284,7 @@ def _sizes(workspace: Workspace, graph: Any, work: Path) -> Sizes:
     planned = {layer.name for layer in workspace.layers}
     trial = work / "companions"
     trial.mkdir(exist_ok=True)
-    companions = exporter.write_companions(workspace.checkpoint, graph, trial) + _MANIFEST_BYTES
+    companions = exporter.write_companions(workspace.checkpoint, graph, trial) + _manifest_bytes(workspace)
     return Sizes(workspace.checkpoint.parameters, exporter.other_bytes(graph, planned), companions)
 
 
@@ -372,13 +379,6 @@ def _versions() -> dict[str, str]:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@contextmanager
-def _temporary(parent: Path) -> Iterator[Path]:
-    parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".edgec-work-", dir=parent) as folder:
-        yield Path(folder)
 
 
 __all__ = ["EdgecError", "ExportRequest", "Exported", "apply_factors", "compress", "export", "modeling", "plan", "profile"]

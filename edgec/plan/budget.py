@@ -43,6 +43,21 @@ class Budget:
             case _:
                 return math.inf
 
+    def raised_to(self, model_bytes: float, parameters: int, runtime_files: int = 0) -> str:
+        """The smallest budget of this kind, rounded up, that leaves so many bytes to the model: "0.24", "3.9bpw".
+
+        parameters: as in `model_bytes`; of the block linears for a linear budget.
+        """
+        match self.kind:
+            case "size":
+                size = math.ceil((model_bytes + runtime_files) / 1e4) / 100
+                return f"{size:.2f}MB"
+            case "ratio":
+                return f"{math.ceil(1e3 * model_bytes / (2 * parameters)) / 1e3:.3f}"
+            case kind:
+                bits = math.ceil(100 * 8 * model_bytes / parameters) / 100
+                return f"{bits:.2f}bpw" + ("-linear" if kind == "linear" else "")
+
     def linear_bytes(self, linear_parameters: int) -> float:
         """Bytes that the block linears may take; infinite unless the budget is linear."""
         return self.value * linear_parameters / 8 if self.kind == "linear" else math.inf

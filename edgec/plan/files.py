@@ -137,8 +137,11 @@ def _choice(where: str, entry: Mapping[str, Any], layer: Layer) -> Choice:
     if entry["kind"] not in decompose.kinds():
         raise RecipeError(f"{where}: unknown kind {entry['kind']!r}; known: {', '.join(decompose.kinds())}")
     spec = Spec(str(entry["kind"]), tuple(ranks), tuple((o, i) for o, i in modes))
-    fmt = CoreFormat.parse(str(entry["format"]))
-    choice = make_choice(layer, spec, fmt)
+    try:
+        fmt = CoreFormat.parse(str(entry["format"]))
+        choice = make_choice(layer, spec, fmt)
+    except EdgecError as error:
+        raise RecipeError(f"{where}: {error}") from error
     if entry.get("bytes") == 0 or stored_bytes(spec, layer.shape, layer.role, fmt) == entry.get("bytes"):
         numbers_kept = {key: float(entry[key]) for key in ("error", "loss") if entry.get(key) is not None}
         return replace(choice, **numbers_kept)  # type: ignore[arg-type]

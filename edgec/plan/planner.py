@@ -88,15 +88,29 @@ def _allocate(
     if budget.kind == "linear":
         linears = [c for c in choices.values() if c and c[0].role == "linear"]
         parameters = sum(c[0].shape[0] * c[0].shape[1] for c in linears)
-        return allocate(layer_items(linears), budget.linear_bytes(parameters)) + _at_int8(choices, tied)
+        items = layer_items(linears)
+        if (floor := _smallest(items)) > budget.linear_bytes(parameters):
+            raise BudgetError(
+                f"budget {budget} is below the floor of this model: its block linears need "
+                f"{floor / 1e6:.2f} MB at their smallest. Raise it to --budget {budget.raised_to(floor, parameters)}"
+            )
+        return allocate(items, budget.linear_bytes(parameters)) + _at_int8(choices, tied)
+    items = layer_items(list(choices.values()), tied)
     left = budget.model_bytes(sizes.parameters, sizes.runtime_files) - sizes.other_bytes
-    try:
-        return allocate(layer_items(list(choices.values()), tied), left)
-    except BudgetError as error:
+    if (floor := _smallest(items)) > left:
+        # The graph is an estimate until it is written: a tenth on top, so that what is named here is enough.
+        wanted = budget.raised_to(floor + 1.1 * sizes.other_bytes, sizes.parameters, sizes.runtime_files)
+        beside = f" and {sizes.runtime_files / 1e6:.2f} MB of files beside it" if budget.kind == "size" else ""
         raise BudgetError(
-            f"budget {budget} is below the floor: the planned layers alone, {error}; {sizes.other_bytes / 1e6:.2f} MB "
-            "of norms, biases and graph and the files beside the model come on top. Raise --budget"
-        ) from error
+            f"budget {budget} is below the floor of this model: {floor / 1e6:.2f} MB with every layer "
+            f"at its smallest, {sizes.other_bytes / 1e6:.2f} MB of norms, biases and graph{beside}. Raise it to "
+            f"--budget {wanted}"
+        )
+    return allocate(items, left)
+
+
+def _smallest(items: Sequence[Sequence[Option]]) -> int:
+    return sum(min(option.bytes for option in options) for options in items)
 
 
 def _at_int8(choices: dict[str, list[Choice]], tied: Sequence[tuple[str, str]]) -> list[Choice]:
@@ -156,8 +170,11 @@ def _restricted(
             continue
         spec = uniform(offered[0].shape, ratio, target.rank_multiple)
         exact = [c for c in offered if c.spec == spec and c.format == fmt]
-        dense = [c for c in offered if c.spec.kind == "dense" and c.format in (fmt, str(FALLBACK))]
-        fixed[name] = exact or dense[-1:]  # the fallback format is offered first, so the last is the wanted one if there is one
+        dense = {c.format: c for c in offered if c.spec.kind == "dense"}
+        stand_in = dense.get(fmt) or dense.get(str(FALLBACK))
+        if not exact and stand_in is None:
+            raise PlanError(f"layer {name!r} has no form in {fmt}")
+        fixed[name] = exact or [c for c in (stand_in,) if c is not None]
         linears += 1
         matched += bool(exact)
     if 2 * matched < linears:
@@ -190,7 +207,19 @@ def constrained_plan(
     else:
         raise UsageError(f"--plan {text!r}: expected a YAML file, uniform:RATIO[:FORMAT] or dense:FORMAT")
     fmt = CoreFormat.parse(name or target.default_format)
-    return Plan(fingerprint, target.name, text, tuple(_uniform_choices(layers, target, ratio, fmt)), other_bytes)
+    choices = tuple(_uniform_choices(layers, target, ratio, fmt))
+    multiplied = [c for c in choices if c.role != "embedding"]
+    linears = [c for c in choices if c.role == "linear"]
+    others = [c for c in multiplied if c.format != str(fmt)]
+    if linears and all(c.format != str(fmt) for c in linears):
+        raise PlanError(
+            f"--plan {text}: {target.name} executes no layer of this model in {fmt}; `edgec targets {target.name}` "
+            "lists what it does"
+        )
+    notes = [f"{c.layer}: {c.spec} {c.format}, since {target.name} does not execute it in {fmt}" for c in others]
+    if whole := sum(ratio < 1 and c.spec.kind == "dense" for c in multiplied):
+        notes.append(f"{whole} of {len(multiplied)} layers are dense: no rank that {target.name} runs is {ratio:g} of them")
+    return Plan(fingerprint, target.name, text, choices, other_bytes, tuple(notes))
 
 
 def _uniform_choices(layers: Sequence[Layer], target: Target, ratio: float, fmt: CoreFormat) -> Iterable[Choice]:
