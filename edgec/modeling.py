@@ -33,7 +33,7 @@ MIN_TABLE_ROWS = 64
 _NORMALIZED_FALLBACK = {
     # optimum 2.3's NormalizedConfigManager lacks these; their text configs use the common attribute names.
     name: NormalizedTextConfig
-    for name in ("gemma2", "gemma3_text", "smollm3", "modernbert")
+    for name in ("gemma2", "gemma3_text")
 }
 
 _BLOCK = re.compile(r"\.\d+\.")
