@@ -122,14 +122,21 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 IN_GENAI = [*FAMILIES, "llama, head_dim 8", "mistral, window", "phi3, longrope", "phi3, head_dim 8"]
 
 
-def make_config(name: str) -> Any:
+def make_config(name: str, **wider: Any) -> Any:
     kind, changes = (FAMILIES | VARIANTS)[name]
-    settings = SIZES | changes
+    settings = SIZES | changes | wider
     if settings["head_dim"] is None:
         del settings["head_dim"]
     if kind == "Phi3Config":
         settings.setdefault("original_max_position_embeddings", 48 if "longrope" in name else 64)
     return getattr(transformers, kind)(**settings)
+
+
+def scaled_config(name: str) -> Any:
+    """The same family twice as wide, so that ranks of 32 save something in most of its layers."""
+    changes = SIZES | FAMILIES[name][1]
+    doubled = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+    return make_config(name, **{key: 2 * changes[key] for key in doubled})
 
 
 def make_model(config: Any, seed: int = 0) -> Any:
