@@ -33,7 +33,7 @@ FORBIDDEN_HOSTS = tuple(
         ("crates", "io"),
     )
 )
-MACHINE_PATH = re.compile(r"(?<![\w.~-])/(?:home|root|Users|work|opt|mnt)/\w")
+MACHINE_PATH = re.compile(r"(?<![\w.~-])/(?:home|root|Users|work|opt|mnt)/[\w.]")
 
 
 def tracked() -> list[Path]:
