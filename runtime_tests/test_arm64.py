@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 import pytest
 
+from runtime_tests.arm64.artifacts import check_decoder, check_encoder
 from runtime_tests.arm64.build import BrokenRootError, PackagesOutOfReachError, ensure_root, python_command
 from runtime_tests.arm64.compare import Gap, compare_with_x86, judge, max_gap
 from runtime_tests.arm64.op_graphs import OpGraph, op_graphs
@@ -115,6 +116,20 @@ def test_external_data_beside_the_model_is_found(arm64_root: Arm64Root, tmp_path
     agreement.check()
     assert agreement.packed
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["model.onnx", "model.onnx.data"]
+
+
+@pytest.mark.parametrize("cpu", CPUS)
+@pytest.mark.parametrize("artifact", ["minilm_arm64_artifact", "minilm_arm64_factored", "minilm_arm64_fp32"])
+def test_minilm_agrees(arm64_root: Arm64Root, artifact: str, cpu: str, request: pytest.FixtureRequest) -> None:
+    agreements = check_encoder(arm64_root, request.getfixturevalue(artifact), cpu=cpu)
+    assert agreements[0].quantised == ("fp32" not in artifact)
+
+
+@pytest.mark.parametrize("cpu", CPUS)
+@pytest.mark.parametrize("artifact", ["stories_arm64_artifact", "stories_arm64_fp32"])
+def test_stories_agrees(arm64_root: Arm64Root, artifact: str, cpu: str, request: pytest.FixtureRequest) -> None:
+    agreements = check_decoder(arm64_root, request.getfixturevalue(artifact), cpu=cpu)
+    assert agreements[0].quantised == ("fp32" not in artifact)
 
 
 def test_an_unknown_operator_is_reported_with_its_name(arm64_root: Arm64Root, tmp_path: Path) -> None:
