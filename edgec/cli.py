@@ -180,8 +180,8 @@ def plan(
     else:
         out.print(plan_table(made))
         for note in made.notes:
-            out.print(f"  {note}", style="dim", markup=False, highlight=False)
-        out.print(f"wrote {output}", markup=False, highlight=False)
+            console.line(out, f"  {note}", dim=True)
+        console.line(out, f"wrote {output}")
 
 
 @app.command()
@@ -217,7 +217,7 @@ def compress(
         print(json.dumps({"out": str(output), "plan": as_dict(made)}))
     else:
         out.print(plan_table(made))
-        out.print(f"wrote {output}", markup=False, highlight=False)
+        console.line(out, f"wrote {output}")
 
 
 @app.command("eval")
@@ -323,7 +323,7 @@ def bench(
     if report is not None:
         console.write_bench_report(report, rows, tuple(artifacts or ()), ["edgec " + " ".join(sys.argv[1:])])
         if not as_json:
-            out.print(f"wrote {report}", markup=False, highlight=False)
+            console.line(out, f"wrote {report}")
 
 
 @app.command()
@@ -392,16 +392,20 @@ def main(argv: list[str] | None = None) -> NoReturn:
     except typer.Exit as stop:
         code = stop.exit_code
     except (KeyboardInterrupt, typer.Abort):
-        code = _fail("interrupted; nothing was written", 130)
+        code = _fail("interrupted; no output was changed", 130)
     except MemoryError:
         code = _fail("out of memory; close other programs, or choose a smaller model", 1)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 141
+    except OSError as error:
+        code = _fail(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error), 1)
     except Exception as error:  # noqa: BLE001  the last line of defence: a bug is one line too, unless --debug
-        if type(error).__module__.startswith(("click", "typer")) and hasattr(error, "show"):
-            error.show()
-            code = int(getattr(error, "exit_code", 2))
+        if type(error).__name__ == "NoArgsIsHelpError":
+            error.show()  # type: ignore[attr-defined]
+            code = 2
+        elif type(error).__module__.startswith(("click", "typer")) and hasattr(error, "format_message"):
+            code = _fail(f"{error.format_message().rstrip('.')}; see `{_help_command(error)}`", 2)
         else:
             code = _fail(f"internal error: {type(error).__name__}: {error} (run again with --debug, and report it)", 70)
     sys.exit(code)
@@ -410,6 +414,11 @@ def main(argv: list[str] | None = None) -> NoReturn:
 def _fail(message: str, code: int) -> int:
     if _STATE["debug"] and sys.exc_info()[0] is not None:
         logging.getLogger(__name__).exception("failed")
-    line = " ".join(message.split())
-    sys.stderr.write(f"edgec: error: {line}\n")
+    sys.stderr.write(f"edgec: error: {console.printable(message)}\n")
     return code
+
+
+def _help_command(error: Any) -> str:
+    """What shows the help for the verb that an error of typer's comes from."""
+    context = getattr(error, "ctx", None)
+    return f"{context.command_path if context else 'edgec'} --help"

@@ -31,7 +31,7 @@ class Bars:
         if stage not in self._tasks:
             for task in self._tasks.values():
                 self._progress.stop_task(task)
-            self._tasks[stage] = self._progress.add_task(escape(stage), total=total)
+            self._tasks[stage] = self._progress.add_task(safe(stage), total=total)
         self._progress.update(self._tasks[stage], completed=done, total=total)
 
 
@@ -55,29 +55,52 @@ def size(count: float) -> str:
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"
 
 
-def table(*columns: str, title: str = "") -> Table:
-    made = Table(title=escape(title) if title else None, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
+def printable(text: object) -> str:
+    """One line without control characters, escape codes or direction overrides: names come from untrusted files."""
+    return "".join(c if c.isprintable() else "�" for c in " ".join(str(text).split()))
+
+
+def safe(text: object) -> str:
+    """`printable`, and no markup to rich either."""
+    return escape(printable(text))
+
+
+def line(out: Console, text: object, *, dim: bool = False) -> None:
+    """One line of plain text, however long, so that commands and paths in it can be copied."""
+    out.print(printable(text), style="dim" if dim else None, markup=False, highlight=False, soft_wrap=True)
+
+
+def table(*columns: str, title: str = "", head: bool = True) -> Table:
+    """Columns whose names start with ">" hold numbers and are right-aligned. head: show the names."""
+    made = Table(
+        title=safe(title) if title else None,
+        box=box.SIMPLE_HEAD if head else None,
+        show_header=head,
+        title_justify="left",
+        pad_edge=False,
+    )
     for column in columns:
-        made.add_column(column, justify="left" if column == columns[0] else "right", overflow="fold")
+        number = column.startswith(">")
+        made.add_column(safe(column[1:] if number else column), justify="right" if number else "left", overflow="fold")
     return made
 
 
 def print_export(out: Console, done: Any, cost: Mapping[str, float]) -> None:
     manifest = done.manifest
     sizes, parity = manifest["sizes"], manifest["parity"]
-    shown = table(f"{done.out}", "", title="")
+    shown = table("", "", title=str(done.out), head=False)
     shown.add_row("model file", f"{size(sizes['model_bytes'])}, {sizes['total_bpw']:.2f} bits per weight")
     ratio = sizes["model_bytes"] / sizes["dense_fp16_bytes"]
     shown.add_row("of dense fp16", f"{ratio:.3f}  ({size(sizes['dense_fp16_bytes'])})")
     shown.add_row("block linears", f"{sizes['linear_bpw']:.2f} bits per weight: {_mix(done.plan)}")
     shown.add_row("parity with torch", f"{parity['error']:.1e}  (with int8 activations {parity['shipped']:.1e})")
     for name, value in _quality_rows(manifest["quality"]):
-        shown.add_row(name, value)
+        shown.add_row(name, safe(value))
     shown.add_row("took", f"{cost['seconds']:.0f} s, peak memory {size(cost['peak_rss_bytes'])}")
     out.print(shown)
     for note in done.plan.notes:
-        out.print(f"  {note}", style="dim", markup=False, highlight=False)
-    out.print(f"next: edgec run {done.out} …   ·   edgec inspect {done.out}", markup=False, highlight=False)
+        line(out, f"note: {note}", dim=True)
+    line(out, f"next: edgec run {done.out} …   ·   edgec inspect {done.out}")
 
 
 def _mix(plan: Any) -> str:
@@ -101,7 +124,7 @@ def _quality_rows(quality: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def print_profile(out: Console, found: Any, folder: Path | None, plot: Path | None) -> None:
-    shown = table("layer", "shape", "S [nats]", "of random", "χ ≈ exp S", "", title="entanglement entropy per layer")
+    shown = table("layer", ">shape", ">S [nats]", ">of random", ">χ ≈ exp S", "", title="entanglement entropy per layer")
     for layer in found.layers:
         for cut, entropy in layer.entropy.items():
             share = entropy / layer.random[cut] if layer.random[cut] else 0.0
@@ -109,12 +132,12 @@ def print_profile(out: Console, found: Any, folder: Path | None, plot: Path | No
             bar = "█" * round(16 * min(1.0, share))
             note = " random" if cut == "svd" and layer.incompressible else ""
             shape = f"{layer.shape[0]}x{layer.shape[1]}" if cut == "svd" else ""
-            shown.add_row(escape(name), shape, f"{entropy:.2f}", f"{share:.3f}", f"{np.exp(entropy):.0f}", bar + note)
+            shown.add_row(safe(name), shape, f"{entropy:.2f}", f"{share:.3f}", f"{np.exp(entropy):.0f}", bar + note)
     out.print(shown)
-    out.print(f"{found.tokens} tokens of {found.calibration}; checkpoint {found.fingerprint[:19]}…", markup=False, highlight=False)
+    line(out, f"{found.tokens} tokens of {found.calibration}; checkpoint {found.fingerprint[:19]}…")
     for path in (folder, plot):
         if path is not None:
-            out.print(f"wrote {path}", markup=False, highlight=False)
+            line(out, f"wrote {path}")
 
 
 def profile_summary(found: Any) -> dict[str, Any]:
@@ -158,17 +181,17 @@ def plot_entropies(found: Any, path: Path) -> None:
 
 
 def print_pairs(out: Console, title: str, values: Mapping[str, Any]) -> None:
-    shown = table("", "", title=title)
+    shown = table("", "", title=title, head=False)
     for name, value in values.items():
-        shown.add_row(name.replace("_", " "), f"{value:.5g}" if isinstance(value, float) else escape(str(value)))
+        shown.add_row(safe(name.replace("_", " ")), f"{value:.5g}" if isinstance(value, float) else safe(value))
     out.print(shown)
 
 
 def print_similarities(out: Console, texts: Sequence[str], vectors: Any) -> None:
     unit = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
-    shown = table("cosine similarity", *(str(i + 1) for i in range(len(texts))))
+    shown = table("cosine similarity", *(f">{i + 1}" for i in range(len(texts))))
     for i, text in enumerate(texts):
-        shown.add_row(escape(f"{i + 1}  {text[:60]}"), *(f"{value:.3f}" for value in unit[i] @ unit.T))
+        shown.add_row(safe(f"{i + 1}  {text[:60]}"), *(f"{value:.3f}" for value in unit[i] @ unit.T))
     out.print(shown)
 
 
@@ -178,21 +201,21 @@ def print_bench(out: Console, rows: Sequence[Measurement], costs: Sequence[Any],
     if as_json:
         body = json.loads(to_json(rows, machine=machine(), commands=["edgec " + " ".join(sys.argv[1:])]))
         body["exports"] = [vars(cost) for cost in costs]
-        print(json.dumps(body))
+        sys.stdout.write(json.dumps(body) + "\n")
         return
     out.print(measurement_table(rows))
     for row in rows:
         for note in row.notes:
-            out.print(f"  {row.contestant}: {note}", style="dim", markup=False, highlight=False)
+            line(out, f"{row.contestant}: {note}", dim=True)
     for cost in costs:
-        out.print(f"export of {cost.name}: {cost.seconds:.0f} s, peak memory {size(cost.peak_rss_bytes)}", highlight=False)
+        line(out, f"export of {cost.name}: {cost.seconds:.0f} s, peak memory {size(cost.peak_rss_bytes)}")
     if costs and len(rows) == 2 and all(row.metrics for row in rows):
         print_ratios(out, rows[0], rows[1])
 
 
 def print_ratios(out: Console, subject: Measurement, reference: Measurement) -> None:
     """Speed and memory of the first against the second, from the medians of one run."""
-    shown = table(f"{subject.contestant} ÷ {reference.contestant}", "ratio of medians")
+    shown = table(f"{subject.contestant} ÷ {reference.contestant}", ">ratio of medians")
     for key in subject.metrics:
         if key in reference.metrics and reference.metrics[key].value > 0:
             shown.add_row(key, f"{subject.metrics[key].value / reference.metrics[key].value:.2f}")
@@ -231,13 +254,13 @@ def print_inspection(out: Console, found: Any) -> None:
     print_pairs(out, found.title, found.headline)
     if found.plan is not None:
         out.print(plan_table(found.plan))
-    for line in found.lines:
-        out.print(f"  {line}", style="dim", markup=False, highlight=False)
+    for text in found.lines:
+        line(out, text, dim=True)
 
 
 def print_targets(out: Console, chosen: Sequence[Target], *, full: bool) -> None:
     if not full:
-        shown = table("target", "runs on", "default budget", title="")
+        shown = table("target", "runs on", "default budget")
         for target in chosen:
             shown.add_row(target.name, target.description, target.default_budget)
         out.print(shown)
@@ -249,5 +272,5 @@ def print_targets(out: Console, chosen: Sequence[Target], *, full: bool) -> None
 def print_findings(out: Console, findings: Sequence[Any]) -> None:
     shown = table("check", "", "detail")
     for finding in findings:
-        shown.add_row(finding.check, "[green]ok[/]" if finding.ok else "[red]fails[/]", escape(finding.detail))
+        shown.add_row(finding.check, "[green]ok[/]" if finding.ok else "[red]fails[/]", safe(finding.detail))
     out.print(shown)

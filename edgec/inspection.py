@@ -156,7 +156,7 @@ def _end_to_end(progress: Callable[[str, int, int], None]) -> Finding:
     import torch
     import transformers
 
-    from edgec import pipeline
+    from edgec import modeling, pipeline
 
     with tempfile.TemporaryDirectory(prefix="edgec-doctor-") as folder:
         source = Path(folder) / "model"
@@ -164,7 +164,8 @@ def _end_to_end(progress: Callable[[str, int, int], None]) -> Finding:
         config = transformers.BertConfig(
             vocab_size=128, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128
         )
-        transformers.BertModel(config, add_pooling_layer=False).save_pretrained(source)
+        with modeling.quiet_transformers():
+            transformers.BertModel(config, add_pooling_layer=False).save_pretrained(source)
         try:
             done = pipeline.export(
                 pipeline.ExportRequest(source, "onnx-x64", Path(folder) / "out", plan="dense:int4-b32", plain=True, quality=False),
