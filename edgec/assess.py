@@ -1,4 +1,5 @@
-"""Judging finished artifacts: their quality against the dense model, and their speed and memory against dense baselines.
+"""Judging finished artifacts: their quality against the dense model, and their speed and memory against dense
+baselines.
 
 Ordered here, beside `pipeline`, because a comparison needs exports (baselines), evaluation and the bench in one run.
 """
@@ -35,7 +36,10 @@ _EXPORT_TIMEOUT_S = 3600
 
 @dataclass(frozen=True)
 class BenchRequest:
-    """What `edgec bench` was asked for. model: the dense checkpoint, needed for baselines and quality. work: where baselines are built."""
+    """What `edgec bench` was asked for.
+
+    model: the dense checkpoint, needed for baselines and quality. work: where baselines are built.
+    """
 
     artifacts: tuple[Path, ...]
     settings: BenchSettings
@@ -58,7 +62,9 @@ class ExportCost:
 def evaluate(
     artifact: Path, model: Path, *, sts: Path | None = None, calibration: Path | None = None
 ) -> dict[str, Any]:
-    """Quality of an exported folder against its dense model, on held-out text; with an STS file also Spearman and its interval."""
+    """Quality of an exported folder against its dense model, on held-out text; with an STS file also Spearman and its
+    interval.
+    """
     workspace = Workspace(model, calibration)
     result = pipeline.measure_quality(workspace, artifact)
     if sts is not None:
@@ -119,7 +125,9 @@ def _quality(workspace: Workspace, contestant: Contestant, sts: Path | None) -> 
 
 
 def _baselines(request: BenchRequest, progress: pipeline.Progress) -> list[Contestant]:
-    """Dense peers made by other people's tools, from edgec's own dense fp32 export (encoders) or the checkpoint (causal LMs)."""
+    """Dense peers made by other people's tools, from edgec's own dense fp32 export (encoders) or the checkpoint (causal
+    LMs).
+    """
     assert request.model is not None
     encoder = Workspace(request.model).task == ENCODER_TASK
     known = {"fp32", *baselines.names(ENCODER)} if encoder else set(baselines.names(CAUSAL_LM))

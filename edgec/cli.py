@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, Optional
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -34,13 +34,17 @@ app = typer.Typer(
 )
 out = Console()
 
-Model = Annotated[Path, typer.Argument(help="transformers folder: config.json, *.safetensors, tokenizer", show_default=False)]
+Model = Annotated[
+    Path, typer.Argument(help="transformers folder: config.json, *.safetensors, tokenizer", show_default=False)
+]
 TargetOption = Annotated[str, typer.Option("--target", "-t", help="what will run it: see `edgec targets`")]
 Calibration = Annotated[
-    Optional[Path],
+    Path | None,
     typer.Option(help=".txt or .jsonl of text like the model will see; default: prose from the Python library"),
 ]
-ProfileOption = Annotated[Optional[Path], typer.Option("--profile", help="folder made by `edgec profile` of this very model")]
+ProfileOption = Annotated[
+    Path | None, typer.Option("--profile", help="folder made by `edgec profile` of this very model")
+]
 Force = Annotated[bool, typer.Option("--force", help="replace an existing output that edgec wrote")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object instead of tables")]
 BUDGET_HELP = "12MB (the whole folder), 0.3 (of dense fp16), 4bpw (total) or 4bpw-linear (block linears; rest int8)"
@@ -56,7 +60,9 @@ def _version(value: bool) -> None:
 def _options(
     debug: Annotated[bool, typer.Option("--debug", help="show tracebacks and every log line")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="show what each stage decides")] = False,
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")
+    ] = False,
 ) -> None:
     level = logging.DEBUG if debug else logging.WARNING
     logging.basicConfig(level=level, format="edgec: %(levelname)s: %(message)s", stream=sys.stderr)
@@ -71,13 +77,13 @@ _STATE = {"debug": "--debug" in sys.argv}
 @app.command()
 def export(
     model: Model,
-    target: Annotated[Optional[str], typer.Option("--target", "-t", help="what will run it: see `edgec targets`")] = None,
-    budget: Annotated[Optional[str], typer.Option("--budget", "-b", help=BUDGET_HELP)] = None,
-    output: Annotated[Optional[Path], typer.Option("--out", "-o", help="folder to write; default: MODEL-TARGET")] = None,
+    target: Annotated[str | None, typer.Option("--target", "-t", help="what will run it: see `edgec targets`")] = None,
+    budget: Annotated[str | None, typer.Option("--budget", "-b", help=BUDGET_HELP)] = None,
+    output: Annotated[Path | None, typer.Option("--out", "-o", help="folder to write; default: MODEL-TARGET")] = None,
     plan: Annotated[
-        Optional[str], typer.Option(help="plan.yaml, or a constraint: uniform:0.5[:FORMAT], dense:FORMAT")
+        str | None, typer.Option(help="plan.yaml, or a constraint: uniform:0.5[:FORMAT], dense:FORMAT")
     ] = None,
-    recipe: Annotated[Optional[Path], typer.Option(help="YAML with target, budget, plan and calibration")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="YAML with target, budget, plan and calibration")] = None,
     calibration: Calibration = None,
     profile: ProfileOption = None,
     plain: Annotated[bool, typer.Option("--plain", help="fit a --plan without activations (speed tests)")] = False,
@@ -87,8 +93,9 @@ def export(
 ) -> None:
     """Compress MODEL for TARGET and write a folder that its runtime loads as it is, verified.
 
-    Every layer gets the form that costs the least predicted loss per byte: plain low-bit quantization where that is better,
-    factored cores where they are. The whole plan is then measured against the best uniform plans, and the best one ships.
+    Every layer gets the form that costs the least predicted loss per byte: plain low-bit quantization where that is
+    better, factored cores where they are. The whole plan is then measured against the best uniform plans, and the best
+    one ships.
 
     [dim]edgec export ./all-MiniLM-L6-v2 --target onnx-arm64
     edgec export ./llama --target onnx-x64 --budget 4bpw --calibration my-text.txt -o llama-4bpw[/dim]
@@ -127,16 +134,19 @@ def export(
 @app.command()
 def profile(
     model: Model,
-    output: Annotated[Optional[Path], typer.Option("--out", "-o", help="folder to keep; export and plan take it as --profile")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--out", "-o", help="folder to keep; export and plan take it as --profile")
+    ] = None,
     calibration: Calibration = None,
-    plot: Annotated[Optional[Path], typer.Option(help="write the entropies as a picture (.svg, .png or .pdf)")] = None,
+    plot: Annotated[Path | None, typer.Option(help="write the entropies as a picture (.svg, .png or .pdf)")] = None,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Measure every layer: entanglement entropy at each cut, and the error of every candidate form.
 
-    The entropy S of a weight's normalised squared singular values says how many bond states χ ≳ exp(S) a low-rank or tensor-train
-    form needs there. A layer whose entropy is that of a random matrix has nothing to find and is left dense.
+    The entropy S of a weight's normalised squared singular values says how many bond states χ ≳ exp(S) a low-rank or
+    tensor-train form needs there. A layer whose entropy is that of a random matrix has nothing to find and is left
+    dense.
     """
     from edgec import pipeline
 
@@ -155,21 +165,20 @@ def plan(
     model: Model,
     target: TargetOption,
     budget: Annotated[str, typer.Option("--budget", "-b", help=BUDGET_HELP)],
-    output: Annotated[Optional[Path], typer.Option("--out", "-o", help="plan.yaml to write; default: print it")] = None,
+    output: Annotated[Path | None, typer.Option("--out", "-o", help="plan.yaml to write; default: print it")] = None,
     profile: ProfileOption = None,
     calibration: Calibration = None,
     as_json: Json = False,
 ) -> None:
-    """Decide the form of every layer under a budget, and write it as YAML to read, edit and give to `compress --plan`."""
+    """Decide the form of every layer under a budget, and write it as YAML to read, edit and give to `compress --plan`.
+    """
     from edgec import outputs, pipeline
     from edgec.plan.files import write_plan
     from edgec.records import as_dict
     from edgec.report import plan_table
 
     with console.progress() as bars:
-        made = pipeline.plan(
-            model, target, budget, profile_folder=profile, calibration=calibration, progress=bars
-        )
+        made = pipeline.plan(model, target, budget, profile_folder=profile, calibration=calibration, progress=bars)
     if output is not None:
         with outputs.written_file(output) as temporary:
             temporary.write_text(write_plan(made), encoding="utf-8")
@@ -224,7 +233,9 @@ def compress(
 def evaluate(
     artifact: Annotated[Path, typer.Argument(help="folder made by `edgec export`", show_default=False)],
     model: Annotated[Path, typer.Option("--model", "-m", help="the dense checkpoint to compare with")],
-    sts: Annotated[Optional[Path], typer.Option(help="STS-Benchmark file: adds Spearman with its bootstrap interval")] = None,
+    sts: Annotated[
+        Path | None, typer.Option(help="STS-Benchmark file: adds Spearman with its bootstrap interval")
+    ] = None,
     calibration: Calibration = None,
     as_json: Json = False,
 ) -> None:
@@ -241,9 +252,13 @@ def evaluate(
 @app.command()
 def run(
     artifact: Annotated[Path, typer.Argument(help="folder made by `edgec export`", show_default=False)],
-    text: Annotated[Optional[list[str]], typer.Argument(help="a prompt, or sentences; default: lines of standard input")] = None,
+    text: Annotated[
+        list[str] | None, typer.Argument(help="a prompt, or sentences; default: lines of standard input")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="causal LMs")] = 128,
-    sample: Annotated[bool, typer.Option("--sample", help="sample instead of always taking the likeliest token")] = False,
+    sample: Annotated[
+        bool, typer.Option("--sample", help="sample instead of always taking the likeliest token")
+    ] = False,
     threads: Annotated[int, typer.Option(help="0: all physical cores")] = 0,
     as_json: Json = False,
 ) -> None:
@@ -266,7 +281,11 @@ def run(
         pieces = loaded.generate(prompt, max_new_tokens, greedy=not sample)
         if as_json:
             found = list(pieces)
-            print(json.dumps({"prompt": prompt, "tokens": [p.token for p in found], "text": "".join(p.text for p in found)}))
+            print(
+                json.dumps(
+                    {"prompt": prompt, "tokens": [p.token for p in found], "text": "".join(p.text for p in found)}
+                )
+            )
             continue
         sys.stdout.write(prompt)
         for piece in pieces:
@@ -277,25 +296,32 @@ def run(
 
 @app.command()
 def bench(
-    artifacts: Annotated[Optional[list[Path]], typer.Argument(help="folders made by `edgec export`")] = None,
-    model: Annotated[Optional[Path], typer.Option("--model", "-m", help="dense checkpoint: for baselines and quality")] = None,
-    baseline: Annotated[
-        Optional[list[str]], typer.Option(help="dense peers made by other tools: fp32, int8, int4 (repeat the option)")
+    artifacts: Annotated[list[Path] | None, typer.Argument(help="folders made by `edgec export`")] = None,
+    model: Annotated[
+        Path | None, typer.Option("--model", "-m", help="dense checkpoint: for baselines and quality")
     ] = None,
-    shape: Annotated[Optional[str], typer.Option(help="random weights instead of a model: llama-3.2-1b, llama-300m")] = None,
+    baseline: Annotated[
+        list[str] | None, typer.Option(help="dense peers made by other tools: fp32, int8, int4 (repeat the option)")
+    ] = None,
+    shape: Annotated[
+        str | None, typer.Option(help="random weights instead of a model: llama-3.2-1b, llama-300m")
+    ] = None,
     plan: Annotated[str, typer.Option(help="with --shape: the constraint to export")] = "uniform:0.5",
-    sts: Annotated[Optional[Path], typer.Option(help="STS-Benchmark file: Spearman beside the speed")] = None,
+    sts: Annotated[Path | None, typer.Option(help="STS-Benchmark file: Spearman beside the speed")] = None,
     calibration: Calibration = None,
     threads: Annotated[int, typer.Option(help="0: all physical cores")] = 0,
     rounds: Annotated[int, typer.Option(min=1, help="fresh processes per contestant")] = 5,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="causal LMs: prompt length")] = 128,
     new_tokens: Annotated[int, typer.Option(min=1, help="causal LMs: generated length")] = 64,
     batch: Annotated[int, typer.Option(min=1, help="encoders: sentences per batch")] = 32,
-    report: Annotated[Optional[Path], typer.Option(help="write one self-contained HTML file")] = None,
-    work: Annotated[Optional[Path], typer.Option(help="keep baselines and shapes here instead of a temporary folder")] = None,
+    report: Annotated[Path | None, typer.Option(help="write one self-contained HTML file")] = None,
+    work: Annotated[
+        Path | None, typer.Option(help="keep baselines and shapes here instead of a temporary folder")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Measure artifacts against dense baselines: each measurement a fresh process, contestants interleaved, medians and spread.
+    """Measure artifacts against dense baselines: each measurement a fresh process, contestants interleaved, medians and
+    spread.
 
     [dim]edgec bench minilm-onnx-x64 --model ./all-MiniLM-L6-v2 --baseline fp32 --baseline int8 --report report.html
     edgec bench --shape llama-3.2-1b[/dim]
@@ -328,7 +354,9 @@ def bench(
 
 @app.command()
 def inspect(
-    path: Annotated[Path, typer.Argument(help="an artifact, a compressed folder, a profile or a checkpoint", show_default=False)],
+    path: Annotated[
+        Path, typer.Argument(help="an artifact, a compressed folder, a profile or a checkpoint", show_default=False)
+    ],
     check: Annotated[bool, typer.Option("--check", help="compare every file with the hash in the manifest")] = False,
     as_json: Json = False,
 ) -> None:
@@ -344,7 +372,7 @@ def inspect(
 
 @app.command()
 def targets(
-    name: Annotated[Optional[str], typer.Argument(help="one target, in full")] = None, as_json: Json = False
+    name: Annotated[str | None, typer.Argument(help="one target, in full")] = None, as_json: Json = False
 ) -> None:
     """List the targets, or what one of them executes."""
     from edgec.export.targets import all_targets, get_target

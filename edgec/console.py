@@ -1,4 +1,4 @@
-"""What people see in a terminal: progress bars, tables that fit 100 columns, sizes in MB. Prints results, computes none."""
+"""What people see in a terminal: bars, tables that fit 100 columns, sizes in MB. Prints results, computes none."""
 
 from __future__ import annotations
 
@@ -124,7 +124,9 @@ def _quality_rows(quality: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def print_profile(out: Console, found: Any, folder: Path | None, plot: Path | None) -> None:
-    shown = table("layer", ">shape", ">S [nats]", ">of random", ">χ ≈ exp S", "", title="entanglement entropy per layer")
+    shown = table(
+        "layer", ">shape", ">S [nats]", ">of random", ">χ ≈ exp S", "", title="entanglement entropy per layer"
+    )
     for layer in found.layers:
         for cut, entropy in layer.entropy.items():
             share = entropy / layer.random[cut] if layer.random[cut] else 0.0
@@ -154,7 +156,12 @@ def profile_summary(found: Any) -> dict[str, Any]:
         }
         for layer in found.layers
     ]
-    return {"fingerprint": found.fingerprint, "calibration": found.calibration, "tokens": found.tokens, "layers": layers}
+    return {
+        "fingerprint": found.fingerprint,
+        "calibration": found.calibration,
+        "tokens": found.tokens,
+        "layers": layers,
+    }
 
 
 def plot_entropies(found: Any, path: Path) -> None:
@@ -170,13 +177,19 @@ def plot_entropies(found: Any, path: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(10, max(3.0, 0.16 * len(layers))), layout="constrained")
     rows = np.arange(len(layers))
     axes.barh(rows, [layer.entropy["svd"] for layer in layers], color="#3b6ea5", label="this model")
-    axes.plot([layer.random["svd"] for layer in layers], rows, "|", color="#b04a3a", label="random matrix of this shape")
+    axes.plot(
+        [layer.random["svd"] for layer in layers], rows, "|", color="#b04a3a", label="random matrix of this shape"
+    )
     axes.set_yticks(rows, [layer.name[-48:] for layer in layers], fontsize=6, parse_math=False)
     axes.invert_yaxis()
     axes.set_xlabel("von Neumann entropy across the output|input cut [nats]")
     axes.legend(loc="lower right", fontsize=7)
     with written_file(path) as temporary:
-        figure.savefig(temporary, format=path.suffix.lstrip(".") or "svg", metadata={"Date": None} if path.suffix == ".svg" else None)
+        figure.savefig(
+            temporary,
+            format=path.suffix.lstrip(".") or "svg",
+            metadata={"Date": None} if path.suffix == ".svg" else None,
+        )
     pyplot.close(figure)
 
 
@@ -222,7 +235,9 @@ def print_ratios(out: Console, subject: Measurement, reference: Measurement) -> 
     out.print(shown)
 
 
-def write_bench_report(path: Path, rows: Sequence[Measurement], artifacts: Sequence[Path], commands: Sequence[str]) -> None:
+def write_bench_report(
+    path: Path, rows: Sequence[Measurement], artifacts: Sequence[Path], commands: Sequence[str]
+) -> None:
     """One HTML file from a bench and from the first artifact's manifest."""
     from edgec.inspection import plan_of
     from edgec.report import write_report

@@ -29,7 +29,9 @@ class Inspection:
 
 
 def inspect(path: Path, *, check: bool = False) -> Inspection:
-    """Raises CheckpointError for what is not a folder of edgec's or transformers', VerificationError listing every file that differs."""
+    """Raises CheckpointError for what is not a folder of edgec's or transformers', VerificationError listing every file
+    that differs.
+    """
     if (path / MANIFEST_NAME).is_file():
         manifest = _manifest(path)
         if manifest.get("kind") == "artifact":
@@ -39,7 +41,11 @@ def inspect(path: Path, *, check: bool = False) -> Inspection:
         from edgec.compress.store import open_compressed
 
         opened = open_compressed(path)
-        headline = {"kind": "compressed checkpoint", "made from": opened.dense_fingerprint[:23] + "…", **_totals(opened.plan)}
+        headline = {
+            "kind": "compressed checkpoint",
+            "made from": opened.dense_fingerprint[:23] + "…",
+            **_totals(opened.plan),
+        }
         return Inspection(str(path), headline, opened.plan, opened.plan.notes, {**headline, "folder": str(path)})
     if (path / "profile.json").is_file():
         from edgec.profile.store import load_profile
@@ -94,7 +100,9 @@ def _plan(path: Path, manifest: Mapping[str, Any]) -> Plan:
     try:
         entry = manifest["plan"]
         choices = tuple(Choice.from_dict(c) for c in entry["choices"])
-        return Plan(entry["fingerprint"], entry["target"], entry["budget"], choices, entry["other_bytes"], tuple(entry["notes"]))
+        return Plan(
+            entry["fingerprint"], entry["target"], entry["budget"], choices, entry["other_bytes"], tuple(entry["notes"])
+        )
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path / MANIFEST_NAME}: the plan is damaged ({error!r})") from error
 
@@ -114,7 +122,10 @@ def _artifact(path: Path, manifest: Mapping[str, Any], *, checked: bool) -> Insp
         }
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path / MANIFEST_NAME}: the manifest is damaged ({error!r})") from error
-    lines = (*plan.notes, "every file matches the manifest" if checked else "files not checked; --check compares their hashes")
+    lines = (
+        *plan.notes,
+        "every file matches the manifest" if checked else "files not checked; --check compares their hashes",
+    )
     return Inspection(str(path), headline, plan, lines, manifest)
 
 
@@ -137,7 +148,9 @@ def doctor(progress: Callable[[str, int, int], None]) -> list[Finding]:
 
     from edgec.bench.devices import open_device
 
-    findings = [Finding("device local", True, ", ".join(f"{k} {v}" for k, v in open_device("local").describe().items()))]
+    findings = [
+        Finding("device local", True, ", ".join(f"{k} {v}" for k, v in open_device("local").describe().items()))
+    ]
     for name in ("torch", "transformers", "optimum", "onnx", "onnxruntime", "onnxruntime-genai", "safetensors"):
         try:
             findings.append(Finding(name, True, importlib.metadata.version(name)))
@@ -152,7 +165,10 @@ def doctor(progress: Callable[[str, int, int], None]) -> list[Finding]:
 
 
 def _end_to_end(progress: Callable[[str, int, int], None]) -> Finding:
-    """Exports a two-layer random BERT without a tokenizer and verifies it: torch's exporter, the lowering and onnxruntime all work."""
+    """Exports a two-layer random BERT without a tokenizer and verifies it.
+
+    Where that passes, torch's exporter, the lowering and onnxruntime all work.
+    """
     import torch
     import transformers
 
@@ -168,9 +184,15 @@ def _end_to_end(progress: Callable[[str, int, int], None]) -> Finding:
             transformers.BertModel(config, add_pooling_layer=False).save_pretrained(source)
         try:
             done = pipeline.export(
-                pipeline.ExportRequest(source, "onnx-x64", Path(folder) / "out", plan="dense:int4-b32", plain=True, quality=False),
+                pipeline.ExportRequest(
+                    source, "onnx-x64", Path(folder) / "out", plan="dense:int4-b32", plain=True, quality=False
+                ),
                 progress,
             )
         except EdgecError as error:
             return Finding("export and run", False, str(error))
-        return Finding("export and run", True, f"a tiny BERT agrees with torch within {json.dumps(done.manifest['parity']['error'])}")
+        return Finding(
+            "export and run",
+            True,
+            f"a tiny BERT agrees with torch within {json.dumps(done.manifest['parity']['error'])}",
+        )

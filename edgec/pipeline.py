@@ -1,7 +1,7 @@
 """The only place that orders the stages: checkpoint → profile → plan → compress → export → verify.
 
-Each function is one verb of the command line; `export` runs them all. Stages hand records to one another, and where one needs a judgement from
-further on (a plan wants its end-to-end loss) it gets a callback from here.
+Each function is one verb of the command line; `export` runs them all. Stages hand records to one another, and where one
+needs a judgement from further on (a plan wants its end-to-end loss) it gets a callback from here.
 """
 
 from __future__ import annotations
@@ -80,7 +80,9 @@ class Exported:
     manifest: Mapping[str, Any]
 
 
-def profile(model: Path, out: Path | None, *, calibration: Path | None = None, force: bool = False, progress: Progress = _silent) -> Profile:
+def profile(
+    model: Path, out: Path | None, *, calibration: Path | None = None, force: bool = False, progress: Progress = _silent
+) -> Profile:
     """Measure every layer and score every candidate of every target; with `out`, save the folder."""
     if out is not None:
         outputs.check_free(out, force=force)
@@ -119,7 +121,10 @@ def plan(
     calibration: Path | None = None,
     progress: Progress = _silent,
 ) -> Plan:
-    """The plan that `export` would make, without exporting. Budgets on the whole file use an estimate of what else ships."""
+    """The plan that `export` would make, without exporting.
+
+    Budgets on the whole file use an estimate of what else ships.
+    """
     workspace = Workspace(model, calibration)
     chosen = get_target(target)
     exporter.refuse_unsupported(workspace.checkpoint, workspace.task)
@@ -153,7 +158,9 @@ def compress(
     return made
 
 
-def _statistics_for(workspace: Workspace, made: Plan, folder: Path | None, plain: bool, progress: Progress) -> Profile | None:
+def _statistics_for(
+    workspace: Workspace, made: Plan, folder: Path | None, plain: bool, progress: Progress
+) -> Profile | None:
     """What fitting a given plan needs of the activations: from a profile folder, measured now, or nothing at all."""
     if folder is not None:
         return load_profile(folder, workspace.checkpoint)
@@ -179,9 +186,14 @@ def export(request: ExportRequest, progress: Progress = _silent) -> Exported:
     outputs.check_free(request.out, force=request.force)
     compressed = store.is_compressed(request.model)
     if compressed and (request.plan or request.budget or request.profile):
-        raise UsageError(f"{request.model} is already compressed; --plan, --budget and --profile belong to the dense model")
+        raise UsageError(
+            f"{request.model} is already compressed; --plan, --budget and --profile belong to the dense model"
+        )
     if request.plan and request.budget:
-        raise UsageError("--plan already decides every layer; leave --budget out, or make a plan that fits with `edgec plan --budget`")
+        raise UsageError(
+            "--plan already decides every layer; leave --budget out, or make a plan that fits with "
+            "`edgec plan --budget`"
+        )
     out = request.out
     with outputs.staged_folder(out, force=request.force) as stage, outputs.work_folder(out) as work:
         if compressed:
@@ -232,7 +244,9 @@ def _plan_and_write(
             return made, factors, written
         logger.info("the written model is %d bytes over the budget; planning again", over)
         sizes = replace(sizes, other_bytes=sizes.other_bytes + int(over) + 64)
-    raise BudgetError(f"budget {budget}: no plan fits after {_REPLANS} tries; the last was {over} bytes over. Raise --budget")
+    raise BudgetError(
+        f"budget {budget}: no plan fits after {_REPLANS} tries; the last was {over} bytes over. Raise --budget"
+    )
 
 
 def _overrun(budget: Budget, workspace: Workspace, stage: Path, written: exporter.Written) -> float:
@@ -381,4 +395,14 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-__all__ = ["EdgecError", "ExportRequest", "Exported", "apply_factors", "compress", "export", "modeling", "plan", "profile"]
+__all__ = [
+    "EdgecError",
+    "ExportRequest",
+    "Exported",
+    "apply_factors",
+    "compress",
+    "export",
+    "modeling",
+    "plan",
+    "profile",
+]

@@ -1,8 +1,8 @@
 """How a sentence-transformers folder turns token states into one embedding, read without sentence-transformers.
 
-That library imports the classes named in `modules.json`; a checkpoint is untrusted here, so the names are only compared.
-What cannot be reproduced in the graph (a Dense layer after the pooling, a mode beyond mean, cls and max) is refused: an
-embedding that is silently another one is worse than none.
+That library imports the classes named in `modules.json`; a checkpoint is untrusted here, so the names are only
+compared. What cannot be reproduced in the graph (a Dense layer after the pooling, a mode beyond mean, cls and max) is
+refused: an embedding that is silently another one is worse than none.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""One checkpoint with everything the stages ask of it, each made once and only when asked: model, layers, tokenizer, text.
+"""One checkpoint with everything the stages ask of it, each made once and only when asked: model, tokenizer, text.
 
 The stages themselves are ordered in `pipeline`; this is what they share.
 """
@@ -78,7 +78,7 @@ class Workspace:
 
     @cached_property
     def _trial(self) -> transformers.PreTrainedModel:
-        """The dense model's modules over again, on the same parameters: what `substituted` changes while the dense one is compared with."""
+        """The dense model's modules over again, on the same parameters: what `substituted` changes."""
         return copy.deepcopy(self.model, {id(p): p for p in self.model.parameters()})
 
     @cached_property
@@ -108,7 +108,7 @@ class Workspace:
         return calibration.load_text(self.calibration_file)
 
     def batches(self, split: str, max_tokens: int) -> Batches:
-        """Tokens of one split of the text; a causal LM on the default text adds some sampled from itself (each split its own)."""
+        """Tokens of one split of the text; on the default text, a causal LM adds some sampled from itself."""
         found = calibration.tokenize(
             self.text.split(split), self.tokenizer, self.task, max_tokens, context=self.context
         )
@@ -179,12 +179,14 @@ class Workspace:
 
     @contextmanager
     def substituted(self, factors: Mapping[str, Factors]) -> Iterator[transformers.PreTrainedModel]:
-        """A model with the factors' matrices in place of the dense weights for the length of the block: quick to evaluate."""
+        """A model with the factors' matrices in place of the dense weights, for the length of the block."""
         kept: dict[str, torch.nn.Parameter] = {}
         try:
             for name, fitted in factors.items():
                 module = self._trial.get_submodule(name)
-                kept[name] = module.weight
+                weight = module.weight
+                assert isinstance(weight, torch.nn.Parameter)
+                kept[name] = weight
                 module.weight = torch.nn.Parameter(torch.from_numpy(fitted.dense()), requires_grad=False)
             yield self._trial
         finally:
@@ -197,5 +199,6 @@ def require_text(workspace: Workspace) -> None:
     for split in calibration.SPLITS:
         if not workspace.text.split(split).items:
             raise CalibrationError(
-                f"{workspace.text.origin}: {len(workspace.text.items)} items leave the {split} split empty; give more with --calibration"
+                f"{workspace.text.origin}: {len(workspace.text.items)} items leave the {split} "
+                "split empty; give more with --calibration"
             )

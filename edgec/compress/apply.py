@@ -16,7 +16,7 @@ from edgec.fit import FactorCache, Factors, fit
 from edgec.modeling import Layer
 from edgec.moments import SecondMoment
 from edgec.quantize.formats import CoreFormat
-from edgec.records import Choice, Plan
+from edgec.records import Choice
 
 Weights = Callable[[str], NDArray[Any]]
 """Layer name → weight [out, in] (table [v, d]), read when it is needed and dropped after."""

@@ -1,7 +1,7 @@
 """The Compressed folder: factors in safetensors, config, tokenizer, plan; `load` gives back a transformers model.
 
-Names: `<layer>.cores.<core>` for floats; `….codes` (packed, uint8), `….scales` and `….zero_points` for quantised ones. Everything that was not
-replaced keeps its name. A head that shares its table's cores stores nothing of its own.
+Names: `<layer>.cores.<core>` for floats; `….codes` (packed, uint8), `….scales` and `….zero_points` for quantised ones.
+Everything that was not replaced keeps its name. A head that shares its table's cores stores nothing of its own.
 """
 
 from __future__ import annotations
@@ -138,7 +138,8 @@ def load(folder: Path | str) -> transformers.PreTrainedModel:
 
 
 def assemble(checkpoint: Checkpoint, factors: Mapping[str, Factors]) -> transformers.PreTrainedModel:
-    """The model with factored modules for `factors` and the checkpoint's tensors for everything else, float32, in eval mode.
+    """The model with factored modules for `factors` and the checkpoint's tensors for everything else, float32, in eval
+    mode.
 
     The dense weights of factored layers are never read. Raises CheckpointError where a tensor is missing.
     """
@@ -158,7 +159,8 @@ def assemble(checkpoint: Checkpoint, factors: Mapping[str, Factors]) -> transfor
 
 
 def densify(compressed: Compressed, out: Path) -> Checkpoint:
-    """Write an ordinary transformers folder whose replaced weights are what the factors stand for (float32), into `out`.
+    """Write an ordinary transformers folder whose replaced weights are what the factors stand for (float32), into
+    `out`.
 
     Front ends that trace or build from dense folders start here; the lowering then replaces those weights again.
     """

@@ -200,14 +200,15 @@ def _right_singular(matrix: Array, rank: int) -> Array:
     """Leading right singular vectors [cols, rank], orthonormal, largest first, through the smaller Gram matrix."""
     rows, cols = matrix.shape
     if cols <= rows:
-        return _eigh(matrix.T @ matrix, rank)[1]
+        return np.asarray(_eigh(matrix.T @ matrix, rank)[1])
     values, left = _eigh(matrix @ matrix.T, rank)
     vectors = matrix.T @ left
     if values[-1] > _ZERO * values[0]:
         return np.asarray(vectors / np.sqrt(values))
-    # Vectors of numerically zero singular values must be orthogonal to the others too; signs are kept for repeatability.
+    # Vectors of numerically zero singular values must be orthogonal to the others too; signs are kept for
+    # repeatability.
     vectors, upper = np.linalg.qr(vectors)
-    return vectors * np.where(np.diag(upper) < 0, -1, 1).astype(vectors.dtype)
+    return np.asarray(vectors * np.where(np.diag(upper) < 0, -1, 1).astype(vectors.dtype))
 
 
 def _eigh(gram: Array, rank: int) -> tuple[Array, Array]:

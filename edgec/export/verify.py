@@ -1,8 +1,8 @@
-"""Nothing is called exported before it was run: parity with the compressed torch model, then quality of the very files that ship.
+"""Nothing is called exported before it was run: parity with torch, then quality of the very files that ship.
 
-`accuracy_level=4` quantises activations to int8 inside the kernels, about half a percent per matmul, which would hide a wiring error. So
-structure is checked on a copy of the graph without it, sharing the same weights, against a tight tolerance; what int8
-activations cost is measured separately and is part of the quality figures.
+`accuracy_level=4` quantises activations to int8 inside the kernels, about half a percent per matmul, which would hide a
+wiring error. So structure is checked on a copy of the graph without it, sharing the same weights, against a tight
+tolerance; what int8 activations cost is measured separately and is part of the quality figures.
 """
 
 from __future__ import annotations
@@ -32,12 +32,18 @@ from edgec.runtime.ort_encoder import OrtEncoder
 Floats = NDArray[np.float32]
 
 PARITY_TOLERANCE = 2e-3
-"""Largest relative difference between the graph with float activations and torch on the same cores. Measured: 1e-6 to 2e-4."""
+"""Largest relative difference between the graph with float activations and torch on the same cores.
+
+Measured: 1e-6 to 2e-4.
+"""
 
 
 @dataclass(frozen=True)
 class Parity:
-    """error: ‖graph − torch‖ ÷ ‖torch‖ over all outputs, activations in float. shipped: the same for the graph as it ships."""
+    """error: ‖graph − torch‖ ÷ ‖torch‖ over all outputs, activations in float.
+
+    shipped: the same for the graph as it ships.
+    """
 
     error: float
     shipped: float
@@ -53,8 +59,9 @@ def verify_parity(folder: Path, reference: transformers.PreTrainedModel, task: s
     shipped = _relative(onnx_outputs(folder, task, inputs), expected)
     if not error <= PARITY_TOLERANCE:
         raise VerificationError(
-            f"verify: the exported graph differs from the compressed model by {error:.2e} (relative), at most {PARITY_TOLERANCE:.0e} is "
-            "allowed; this is a fault of edgec or of the runtime, please report it with the model's config.json"
+            f"verify: the exported graph differs from the compressed model by {error:.2e} (relative), "
+            f"at most {PARITY_TOLERANCE:.0e} is allowed; this is a fault of edgec or of the runtime, please report it "
+            "with the model's config.json"
         )
     return Parity(error, shipped)
 
@@ -130,7 +137,7 @@ def _relative(values: list[Floats], expected: list[Floats]) -> float:
 
 @contextmanager
 def float_activations(folder: Path) -> Iterator[Path]:
-    """A temporary folder beside `folder` with the same graph at accuracy_level 0; the weights are linked, not copied."""
+    """A temporary folder beside `folder` with the same graph at accuracy_level 0; weights are linked, not copied."""
     proto = onnx.load(folder / MODEL_FILE, load_external_data=False)
     for node in proto.graph.node:
         if node.op_type == "MatMulNBits":

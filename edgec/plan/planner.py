@@ -218,7 +218,9 @@ def constrained_plan(
         )
     notes = [f"{c.layer}: {c.spec} {c.format}, since {target.name} does not execute it in {fmt}" for c in others]
     if whole := sum(ratio < 1 and c.spec.kind == "dense" for c in multiplied):
-        notes.append(f"{whole} of {len(multiplied)} layers are dense: no rank that {target.name} runs is {ratio:g} of them")
+        notes.append(
+            f"{whole} of {len(multiplied)} layers are dense: no rank that {target.name} runs is {ratio:g} of them"
+        )
     return Plan(fingerprint, target.name, text, choices, other_bytes, tuple(notes))
 
 

@@ -158,8 +158,8 @@ def storable(values: Array) -> Array:
 def storable_scales(scales: Array) -> Array:
     """`storable`, so that codes are computed against the values that the runtime will see. Raises NumericsError.
 
-    Rounded to bfloat16's eight significant bits first: KleidiAI, onnxruntime's 4-bit kernels on arm64, cuts scales off to
-    bfloat16, and codes fitted to coarser scales lose nothing measurable while codes read with other scales do.
+    Rounded to bfloat16's eight significant bits first: KleidiAI, onnxruntime's 4-bit kernels on arm64, cuts scales off
+    to bfloat16, and codes fitted to coarser scales lose nothing measurable while codes read with other scales do.
     """
     if not np.isfinite(scales).all():
         raise NumericsError("a quantization scale is NaN or Inf; the weights or their statistics are not finite")

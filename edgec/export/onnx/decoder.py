@@ -110,7 +110,9 @@ def load_config(model_folder: Path) -> Any:
 
 
 def write_runtime_files(graph: DecoderGraph, out: Path) -> None:
-    """Everything that an onnxruntime-genai folder needs but model.onnx and model.onnx.data, into the existing folder `out`."""
+    """Everything that an onnxruntime-genai folder needs but model.onnx and model.onnx.data, into the existing folder
+    `out`.
+    """
     text = json.dumps(graph.genai_config, indent=2, ensure_ascii=False)
     (out / "genai_config.json").write_text(text + "\n", encoding="utf-8")
     write_tokenizer(graph.source, graph.context_length, out)
@@ -120,9 +122,9 @@ def share_tied_table(graph: DecoderGraph) -> bool:
     """Store a tied table once where head and embedding are both still dense; returns whether it did.
 
     Call it after the lowering: a table of which a node was lowered needs no sharing, since its bytes are in the lowered
-    form. The head becomes FusedMatMul(x, table, transB=1) on the embedding's [V, d] initialiser. The builder's own form,
-    a Transpose in front of the Gather, makes onnxruntime fold a third copy into RAM as it loads (a table of 0.5 GB:
-    peak 1.6 GB against 1.1 GB, equal speed).
+    form. The head becomes FusedMatMul(x, table, transB=1) on the embedding's [V, d] initialiser. The builder's own
+    form, a Transpose in front of the Gather, makes onnxruntime fold a third copy into RAM as it loads (a table of 0.5
+    GB: peak 1.6 GB against 1.1 GB, equal speed).
     """
     head, gather = graph.linears[graph.head], graph.embeddings[graph.embedding]
     if not graph.tied or head.graph is None or gather.graph is None:

@@ -22,8 +22,9 @@ from edgec.export.onnx.genai_builder import printing_to_log
 _log = logging.getLogger(__name__)
 
 DEFAULT_MAX_LENGTH = 4096
-"""Longest text that genai generates unless its caller asks for more, up to context_length [tokens]. genai allocates the KV
-cache for this length at once: the builder's default, the whole context, is 8.6 GB for a 1.2 B Llama."""
+"""Longest text that genai generates unless its caller asks for more, up to context_length [tokens]. genai allocates the
+KV cache for this length at once: the builder's default, the whole context, is 8.6 GB for a 1.2 B Llama.
+"""
 
 _COPIED = (
     "tokenizer.json",
@@ -42,8 +43,8 @@ _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.jso
 def make_genai_config(genai: Any, config: Any, source: Path, work: Path) -> dict[str, Any]:
     """The content of genai_config.json, from the builder `genai`, with its special tokens checked.
 
-    The builder reads config.json, generation_config.json and the tokenizer: search defaults come from the second, and the
-    tokenizer's end-of-turn token joins the eos ids, which config.json often lacks.
+    The builder reads config.json, generation_config.json and the tokenizer: search defaults come from the second, and
+    the tokenizer's end-of-turn token joins the eos ids, which config.json often lacks.
     """
     folder = work / "genai"
     folder.mkdir(parents=True, exist_ok=True)
@@ -82,7 +83,8 @@ def write_tokenizer(source: Path, context_length: int, out: Path) -> None:
             tokenizer.save_pretrained(out)
         except Exception as error:
             raise CheckpointError(
-                f"{source} has a tokenizer that cannot be converted to tokenizer.json: {' '.join(str(error).split())[:300]}"
+                f"{source} has a tokenizer that cannot be converted to tokenizer.json: "
+            f"{' '.join(str(error).split())[:300]}"
             ) from error
         return
     for name in _COPIED:

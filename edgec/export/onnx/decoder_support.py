@@ -108,7 +108,8 @@ def _check_dimensions(name: str, config: Any) -> None:
     kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
     if heads % kv_heads:
         raise UnsupportedModelError(
-            f"{name} has {heads} attention heads and {kv_heads} key/value heads; the first must be a multiple of the second"
+            f"{name} has {heads} attention heads and {kv_heads} key/value heads; "
+            "the first must be a multiple of the second"
         )
     window = getattr(config, "sliding_window", None)
     if any(local_layers(config)) and int(window or 0) < 1:

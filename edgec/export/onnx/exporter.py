@@ -1,4 +1,5 @@
-"""From a dense transformers folder and fitted factors to a folder that onnxruntime or onnxruntime-genai loads as it is."""
+"""From a dense transformers folder and fitted factors to a folder that onnxruntime or onnxruntime-genai loads as it is.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ from edgec.pooling import read_pooling
 from edgec.records import Target
 
 _NODE_BYTES = 420
-"""Typical size of one node in model.onnx with its names [bytes]; only a first guess, the written file is what counts."""
+"""Typical size of one node in model.onnx with its names [bytes]; only a first guess, the written file is what counts.
+"""
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,9 @@ def write_model(
     out: Path,
     progress: Callable[[int, int], None] | None = None,
 ) -> Written:
-    """Lower the factors into the graph (which is consumed) and write model.onnx and its data into the existing folder `out`."""
+    """Lower the factors into the graph (which is consumed) and write model.onnx and its data into the existing folder
+    `out`.
+    """
     lower(graph, factors, accuracy_level=target.accuracy_level)
     if isinstance(graph, decoder.DecoderGraph) and graph.tied and not {graph.head, graph.embedding} & set(factors):
         decoder.share_tied_table(graph)

@@ -38,7 +38,10 @@ OPTIONS = {
 
 
 class _LineLogger:
-    """A text stream that sends what the builder prints to the log, line by line: warnings as such, the rest as debug."""
+    """A text stream that sends what the builder prints to the log, line by line.
+
+    Warnings go as such, the rest as debug.
+    """
 
     def __init__(self) -> None:
         self._rest = ""
@@ -65,8 +68,8 @@ def builders() -> ModuleType:
     """`onnxruntime_genai.models.builders`, imported without its side effects.
 
     The package appends its folder to `sys.path` for imports of the bare names `quantization` and `loaders`: appended,
-    they would be shadowed by any such module in the working directory, and `builder` would stay importable for the whole
-    process. onnxruntime's quantizer, which it imports, calls `logging.basicConfig` at INFO.
+    they would be shadowed by any such module in the working directory, and `builder` would stay importable for the
+    whole process. onnxruntime's quantizer, which it imports, calls `logging.basicConfig` at INFO.
     """
     root = logging.getLogger()
     before = list(sys.path), list(root.handlers), root.level
@@ -89,7 +92,8 @@ def patched(base: Any) -> Any:
     class EdgecBuilder(base):  # type: ignore[misc]
         """Builds from a given torch model, notes which node came from which module, and keeps packed modules packed.
 
-        torch_model: the transformers model; its tensors are used as they are (memory-mapped, any float type) and cast to
+        torch_model: the transformers model; its tensors are used as they are (memory-mapped, any float type) and cast
+        to
             fp32 only when the graph's lazy initialisers are read.
         local: per layer, whether it attends to a sliding window. context: positions in the rotary tables.
         """
@@ -158,7 +162,8 @@ def patched(base: Any) -> Any:
             return str(super().make_matmul(matmul, basename, root_input, **kwargs))
 
         def make_embedding_lookup(self, embedding: Any, basename: str, lm_head: Any) -> str:
-            # A tied table would be read through a Transpose of the head's weight. Both nodes get an initialiser of their
+            # A tied table would be read through a Transpose of the head's weight. Both nodes get an initialiser of
+            # their
             # own here (over the same memory), so that each can be replaced without looking at the other; what is still
             # dense in both afterwards is shared again by `decoder.share_tied_table`.
             self.module_nodes[id(self.torch_model.get_input_embeddings())] = f"{basename}/Gather"

@@ -14,7 +14,9 @@ from typing import Any
 import torch
 
 ROTARY_HEAD_DIM_FACTOR = 16
-"""GroupQueryAttention rotates q and k itself only for a head_dim divisible by this [elements]; others get RotaryEmbedding nodes."""
+"""GroupQueryAttention rotates q and k itself only for a head_dim divisible by this [elements]; others get
+RotaryEmbedding nodes.
+"""
 
 _CHUNK = 8192  # positions per call: the module makes about six arrays of [chunk, head_dim]
 

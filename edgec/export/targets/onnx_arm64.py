@@ -1,8 +1,8 @@
 """onnxruntime on arm64.
 
-KleidiAI's kernels want 4 bits, blocks of 32 and K a multiple of the block, so 4-bit is the default. 8-bit matmuls run on
-dot-product kernels since onnxruntime 1.23 (before, they failed on Android: onnxruntime #24769, #25110). 2-bit kernels are in too
-few of the builds that phones carry to plan for.
+KleidiAI's kernels want 4 bits, blocks of 32 and K a multiple of the block, so 4-bit is the default. 8-bit matmuls run
+on dot-product kernels since onnxruntime 1.23 (before, they failed on Android: onnxruntime #24769, #25110). 2-bit
+kernels are in too few of the builds that phones carry to plan for.
 """
 
 from edgec.records import Target
