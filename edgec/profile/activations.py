@@ -6,12 +6,18 @@ Kronecker-factored Gauss–Newton approximation (K-FAC, Martens & Grosse 2015, a
 pass measures H and one backward pass measures G, so layers become comparable without trying each one end to end.
 Gradients are of the *model's own* divergence, not of a task: labels are drawn from the model's softmax (causal
 LMs), or a Gaussian probe of the embedding (encoders), which makes E[g gᵀ] the exact Gauss–Newton matrix at y.
+
+That sum treats tokens as strangers, which they are to a causal LM's per-token divergence. An encoder pools them: an
+error that all tokens of a sentence share adds up T times as large as one that is different in each, and counting it
+like the others would make the last layers look up to twenty times cheaper than they measure. So for encoders x and g
+are split into their mean over the sentence and the rest, and each part has its own pair of moments ("reduce" and
+"expand" of Eschenhagen et al. 2023, arXiv 2311.00636).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -39,11 +45,16 @@ class Statistics:
 
     second_moments: layer → H, float32 [in, in]; token frequencies [v] for an embedding. Layers that share an input
     share the array. curvatures: layer → G, float32 [out, out], or its diagonal [out]. tokens: how many were seen.
+    mean_moments, mean_curvatures: of an encoder's linears, E[x̄ x̄ᵀ] of the mean x̄ over a sentence's tokens, and
+    E[Σg Σgᵀ] of the sum over them. sentences: how many there were.
     """
 
     second_moments: Mapping[str, Array]
     curvatures: Mapping[str, Array]
     tokens: int
+    mean_moments: Mapping[str, Array] = field(default_factory=dict)
+    mean_curvatures: Mapping[str, Array] = field(default_factory=dict)
+    sentences: int = 0
     _shared: dict[int, SecondMoment] = field(default_factory=dict, repr=False)
 
     def moment(self, name: str) -> SecondMoment | None:
@@ -56,20 +67,49 @@ class Statistics:
             self._shared[id(array)] = SecondMoment(array)
         return self._shared[id(array)]
 
+    def divergence(self, name: str, error: Array) -> float | None:
+        """½ tr(G E H Eᵀ): the end-to-end divergence that a weight error E [out, in], or a table's [v, d], adds alone.
+
+        In nats per token, or 1 − cosine; None where the layer has no curvature.
+        """
+        g, h, e = self.curvatures.get(name), self.second_moments.get(name), error.astype(np.float32)
+        if g is None or h is None:
+            return None
+        g_mean, h_mean = self.mean_curvatures.get(name), self.mean_moments.get(name)
+        if g_mean is None or h_mean is None:
+            return 0.5 * _traced(g, e, h)
+        # Σ g gᵀ of a sentence holds (Σ g)(Σ g)ᵀ ÷ its length; the mean length serves for all.
+        apart = _traced(g - g_mean * np.float32(self.sentences / self.tokens), e, h - h_mean)
+        return 0.5 * (_traced(g_mean, e, h_mean) + max(apart, 0.0))
+
+
+def _traced(g: Array, e: Array, h: Array) -> float:
+    """tr(G E H Eᵀ); G [out, out] or its diagonal [out], H [in, in]. For a table E [v, d]: tr(G Eᵀ diag(h) E), h [v]."""
+    if h.ndim == 1:
+        weighed = (e * h[:, None]).T
+        return float((g * (weighed @ e)).sum() if g.ndim == 2 else g @ np.einsum("ij,ji->i", weighed, e))
+    if g.ndim == 1:
+        return float(g @ np.einsum("ij,ij->i", e @ h, e))
+    return float((g * (e @ (h @ e.T))).sum())
+
 
 class _Collector:
     """Hooks on one model, accumulating in float64 on the CPU; `mask` [B, T] of the batch under way hides padding."""
 
-    def __init__(self, model: transformers.PreTrainedModel, layers: list[Layer]) -> None:
+    def __init__(self, model: transformers.PreTrainedModel, layers: list[Layer], *, pooled: bool) -> None:
         self.mask: Tensor | None = None
+        self.pooled = pooled
         self.moments: dict[str, Tensor] = {}
         self.curvatures: dict[str, Tensor] = {}
+        self.mean_moments: dict[str, Tensor] = {}
+        self.mean_curvatures: dict[str, Tensor] = {}
         self.shared: dict[str, str] = {}
         self._last: tuple[Tensor, str] | None = None
         self.handles = [model.get_submodule(layer.name).register_forward_hook(self._hook(layer)) for layer in layers]
-        # Weights are frozen, so gradients start at the token embeddings: from there they reach every layer's output.
-        table = model.get_input_embeddings()
-        self.handles.append(table.register_forward_hook(_require_gradient, prepend=True))
+        # Weights are frozen, so gradients start at the embeddings: from there they reach every layer's output.
+        tables = {layer.name for layer in layers if layer.role == "embedding"}
+        for table in {model.get_input_embeddings(), *(model.get_submodule(name) for name in tables)}:
+            self.handles.append(table.register_forward_hook(_require_gradient, prepend=True))
 
     def close(self) -> None:
         for handle in self.handles:
@@ -96,18 +136,31 @@ class _Collector:
         self._last = (x, layer.name)
         rows = self._rows(x)
         self.moments[layer.name] = self.moments.get(layer.name, 0) + (rows.T @ rows).double()
+        if (sums := self._sums(x)) is not None and self.mask is not None:
+            means = (
+                sums / self.mask.sum(1, keepdim=True).clamp(min=1).sqrt()
+            )  # √T times the mean: one for each of T tokens
+            self.mean_moments[layer.name] = self.mean_moments.get(layer.name, 0) + (means.T @ means).double()
 
     def _see_gradient(self, layer: Layer, gradient: Tensor) -> None:
         rows = self._rows(gradient)
         full = layer.shape[1] if layer.role == "embedding" else layer.shape[0]
         add = (rows.T @ rows).double() if full <= MAX_CURVATURE else (rows**2).sum(0).double()
         self.curvatures[layer.name] = self.curvatures.get(layer.name, 0) + add
+        if layer.role != "embedding" and full <= MAX_CURVATURE and (sums := self._sums(gradient)) is not None:
+            self.mean_curvatures[layer.name] = self.mean_curvatures.get(layer.name, 0) + (sums.T @ sums).double()
 
     def _rows(self, x: Tensor) -> Tensor:
         flat = x.detach().reshape(-1, x.shape[-1]).float()
         if self.mask is not None and flat.shape[0] == self.mask.numel():
             flat = flat[self.mask.reshape(-1)]
         return flat
+
+    def _sums(self, x: Tensor) -> Tensor | None:
+        """Sum over the tokens of every sentence [B, d]; None where sentences do not matter or x has other axes."""
+        if not self.pooled or self.mask is None or x.shape[:-1] != self.mask.shape:
+            return None
+        return (x.detach().float() * self.mask.unsqueeze(-1)).sum(1)
 
 
 def _require_gradient(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -129,45 +182,65 @@ def collect(
 
     Raises NumericsError naming the layer whose statistics are not finite.
     """
-    collector = _Collector(model, layers)
+    collector = _Collector(model, layers, pooled=curvature and pooling is not None)
     generator = torch.Generator().manual_seed(seed)
     try:
         for done, batch in enumerate(batches.items):
             collector.mask = batch["attention_mask"].bool()
             collector._last = None
             with torch.set_grad_enabled(curvature):
-                loss = _divergence_probe(model, batch, pooling, generator)
+                output = _output(model, batch, pooling)
+            if not torch.isfinite(output).all():
+                first = next(
+                    (name for name, total in collector.moments.items() if not torch.isfinite(total).all()), None
+                )
+                where = f"the input of layer {first!r}" if first else "its output"
+                raise NumericsError(f"the model is not finite on the calibration text, from {where} on")
             if curvature:
-                loss.backward()
+                _divergence_probe(output, batch, pooling, generator).backward()
             if progress:
                 progress(done + 1, len(batches.items))
     finally:
         collector.close()
-    tokens = batches.tokens
-    moments = {name: _finished(name, total, tokens) for name, total in collector.moments.items()}
-    moments.update({name: moments[first] for name, first in collector.shared.items()})
-    items = sum(len(b["input_ids"]) for b in batches.items)
-    # Per item of the metric: an encoder's loss is per sentence, a causal LM's per token.
-    per = items if pooling is not None else tokens
-    curvatures = {name: _finished(name, total, per) for name, total in collector.curvatures.items()}
-    return Statistics(moments, curvatures, tokens)
+    tokens, sentences = batches.tokens, sum(len(b["input_ids"]) for b in batches.items)
+
+    def moments(totals: Mapping[str, Tensor]) -> dict[str, Array]:
+        found = {name: _finished(name, total, tokens) for name, total in totals.items()}
+        return found | {name: found[first] for name, first in collector.shared.items() if first in found}
+
+    def curvatures(totals: Mapping[str, Tensor]) -> dict[str, Array]:
+        # Per item of the metric: an encoder's loss is per sentence, a causal LM's per token.
+        per = sentences if pooling is not None else tokens
+        return {name: _finished(name, total, per) for name, total in totals.items()}
+
+    return Statistics(
+        moments(collector.moments),
+        curvatures(collector.curvatures),
+        tokens,
+        moments(collector.mean_moments),
+        curvatures(collector.mean_curvatures),
+        sentences,
+    )
+
+
+def _output(model: transformers.PreTrainedModel, batch: dict[str, Tensor], pooling: Pooling | None) -> Tensor:
+    """Logits [B, T, V], or an encoder's embeddings [B, d]: normalised, because the loss is 1 − cosine in any case."""
+    if pooling is not None:
+        return embed_batch(model, batch, replace(pooling, normalize=True))
+    logits: Tensor = model(**batch).logits
+    return logits
 
 
 def _divergence_probe(
-    model: transformers.PreTrainedModel, batch: dict[str, Tensor], pooling: Pooling | None, generator: torch.Generator
+    output: Tensor, batch: dict[str, Tensor], pooling: Pooling | None, generator: torch.Generator
 ) -> Tensor:
     """A scalar whose gradient g satisfies E[g gᵀ] = Gauss–Newton matrix of the divergence from the model itself."""
     if pooling is not None:
-        vectors = embed_batch(model, batch, pooling)
-        probe = torch.randn(vectors.shape, generator=generator)
-        return (vectors * probe).sum()
-    logits = model(**batch).logits
-    with torch.no_grad():
-        flat = logits.detach().reshape(-1, logits.shape[-1]).softmax(-1)
-        labels = torch.multinomial(flat, 1, generator=generator)[:, 0]
-    weight = batch["attention_mask"].reshape(-1).to(logits.dtype)
-    losses = nn.functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), labels, reduction="none")
-    return (losses * weight).sum()
+        return (output * torch.randn(output.shape, generator=generator)).sum()
+    flat = output.reshape(-1, output.shape[-1])
+    labels = torch.multinomial(flat.detach().softmax(-1), 1, generator=generator)[:, 0]
+    weight = batch["attention_mask"].reshape(-1).to(output.dtype)
+    return (nn.functional.cross_entropy(flat, labels, reduction="none") * weight).sum()
 
 
 def _finished(name: str, total: Tensor, count: int) -> Array:

@@ -109,11 +109,10 @@ class Scorer:
     def __init__(self, layer: Layer, weight: Array, statistics: Statistics, cache: FactorCache | None = None) -> None:
         if not np.isfinite(weight).all():
             raise NumericsError("the weight holds NaN or Inf")
-        self.layer, self.weight, self.cache = layer, weight, cache
+        self.layer, self.weight, self.statistics, self.cache = layer, weight, statistics, cache
         h = statistics.second_moments.get(layer.name)
         self.frequencies = h if h is not None and h.ndim == 1 else None
         self.moment = statistics.moment(layer.name)
-        self.curvature = statistics.curvatures.get(layer.name)
         self.whole = self._squared(weight)
 
     def score(self, candidates: Sequence[tuple[Spec, CoreFormat]]) -> list[Choice]:
@@ -143,7 +142,7 @@ class Scorer:
             bytes=factors.stored_bytes,
             flops=flops(factors.contraction),
             error=error,
-            loss=self._loss(difference),
+            loss=self.statistics.divergence(self.layer.name, difference),
         )
 
     def fit(self, spec: Spec, fmt: CoreFormat) -> Factors:
@@ -173,20 +172,3 @@ class Scorer:
         if self.moment is None:
             return float((difference.astype(np.float64) ** 2).sum())
         return self.moment.squared(difference)
-
-    def _loss(self, difference: Array) -> float | None:
-        """½ tr(G E H Eᵀ): predicted end-to-end divergence [nats per token, or 1 − cosine]."""
-        g, e = self.curvature, difference.astype(np.float32)
-        if g is None:
-            return None
-        outer: Array
-        if self.frequencies is not None:
-            outer = (e * self.frequencies[:, None]).T @ e
-        elif self.moment is None:
-            return None
-        else:
-            h = self.moment.matrix.astype(np.float32)
-            if g.ndim == 1:
-                return 0.5 * float(g @ np.einsum("ij,ij->i", e @ h, e))
-            outer = e @ (h @ e.T)
-        return 0.5 * float((g * outer).sum() if g.ndim == 2 else g @ np.diag(outer))

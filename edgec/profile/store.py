@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
@@ -17,7 +18,12 @@ from edgec.outputs import staged_folder
 from edgec.profile.activations import Statistics
 from edgec.records import Choice, LayerProfile
 
-PROFILE_VERSION = 1
+Array = NDArray[Any]
+
+PROFILE_VERSION = 2
+
+_ARRAYS = {"H": "second_moments", "G": "curvatures", "Hm": "mean_moments", "Gm": "mean_curvatures"}
+"""Prefix of a tensor's name in the file → field of Statistics."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +54,8 @@ def save_profile(profile: Profile, out: Path, *, force: bool = False) -> None:
     tensors: dict[str, Any] = {}
     aliases: dict[str, str] = {}
     seen: dict[int, str] = {}
-    for prefix, arrays in (("H", profile.statistics.second_moments), ("G", profile.statistics.curvatures)):
-        for name, array in sorted(arrays.items()):
+    for prefix, field_name in _ARRAYS.items():
+        for name, array in sorted(getattr(profile.statistics, field_name).items()):
             key = f"{prefix}:{name}"
             if id(array) in seen:
                 aliases[key] = seen[id(array)]
@@ -61,6 +67,7 @@ def save_profile(profile: Profile, out: Path, *, force: bool = False) -> None:
         "fingerprint": profile.fingerprint,
         "calibration": profile.calibration,
         "tokens": profile.tokens,
+        "sentences": profile.statistics.sentences,
         "aliases": aliases,
         "layers": [asdict(layer) for layer in profile.layers],
     }
@@ -80,10 +87,12 @@ def load_profile(folder: Path, checkpoint: Checkpoint | None = None) -> Profile:
         tensors = load_file(folder / "statistics.safetensors")
         for alias, key in body["aliases"].items():
             tensors[alias] = tensors[key]
+        arrays: dict[str, dict[str, Array]] = {prefix: {} for prefix in _ARRAYS}
+        for key, array in tensors.items():
+            prefix, _, name = key.partition(":")
+            arrays[prefix][name] = array
         statistics = Statistics(
-            {k[2:]: v for k, v in tensors.items() if k.startswith("H:")},
-            {k[2:]: v for k, v in tensors.items() if k.startswith("G:")},
-            int(body["tokens"]),
+            arrays["H"], arrays["G"], int(body["tokens"]), arrays["Hm"], arrays["Gm"], int(body["sentences"])
         )
         layers = tuple(_layer(entry) for entry in body["layers"])
         profile = Profile(str(body["fingerprint"]), str(body["calibration"]), int(body["tokens"]), layers, statistics)
