@@ -13,7 +13,7 @@ from typing import Any
 
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
-from ruamel.yaml.events import AliasEvent, CollectionStartEvent, ScalarEvent
+from ruamel.yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEvent, ScalarEvent
 
 from edgec import decompose, limits
 from edgec.errors import EdgecError, RecipeError
@@ -23,6 +23,7 @@ from edgec.plan.planner import make_choice
 from edgec.quantize.formats import CoreFormat
 from edgec.records import PLAN_VERSION, Choice, Plan, Spec
 
+_MAX_DEPTH = 16
 _PLAN_KEYS = {"version", "fingerprint", "target", "budget", "totals", "notes", "layers"}
 _LAYER_KEYS = {"kind", "ranks", "modes", "format", "bytes", "error", "loss"}
 
@@ -37,7 +38,11 @@ def read_yaml(path: Path) -> Any:
         raise RecipeError(f"{path}: {len(raw)} bytes, at most {limits.MAX_YAML_BYTES} are read")
     try:
         text = raw.decode("utf-8")
+        depth = 0
         for event in YAML(typ="safe", pure=True).parse(text):
+            depth += isinstance(event, CollectionStartEvent) - isinstance(event, CollectionEndEvent)
+            if depth > _MAX_DEPTH:  # the parser's time grows with the square of the depth
+                raise RecipeError(f"{path}:{event.start_mark.line + 1}: nested deeper than {_MAX_DEPTH} levels")
             tagged = isinstance(event, ScalarEvent | CollectionStartEvent) and getattr(event, "ctag", None)
             if isinstance(event, AliasEvent) or tagged:
                 raise RecipeError(f"{path}:{event.start_mark.line + 1}: aliases and tags are not allowed")
@@ -45,7 +50,8 @@ def read_yaml(path: Path) -> Any:
     except (YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise RecipeError(f"{where}: not valid YAML ({str(error).splitlines()[0]})") from error
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise RecipeError(f"{where}: not valid YAML ({problem})") from error
 
 
 def write_plan(plan: Plan) -> str:
