@@ -414,7 +414,9 @@ def main(argv: list[str] | None = None) -> NoReturn:
         given = ["--debug", *(word for word in given if word != "--debug")]
     code = 1
     try:
-        code = int(app(args=given, standalone_mode=False) or 0)
+        code = int(app(args=given, prog_name="edgec", standalone_mode=False) or 0)
+        if code == 130:  # how typer reports Ctrl-C
+            raise KeyboardInterrupt
     except EdgecError as error:
         code = _fail(str(error), error.exit_code)
     except typer.Exit as stop:
@@ -422,7 +424,7 @@ def main(argv: list[str] | None = None) -> NoReturn:
     except (KeyboardInterrupt, typer.Abort):
         code = _fail("interrupted; no output was changed", 130)
     except MemoryError:
-        code = _fail("out of memory; close other programs, or choose a smaller model", 1)
+        code = _fail(_OUT_OF_MEMORY, 1)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 141
@@ -434,9 +436,14 @@ def main(argv: list[str] | None = None) -> NoReturn:
             code = 2
         elif type(error).__module__.startswith(("click", "typer")) and hasattr(error, "format_message"):
             code = _fail(f"{error.format_message().rstrip('.')}; see `{_help_command(error)}`", 2)
+        elif "not enough memory" in str(error):  # torch's allocator
+            code = _fail(_OUT_OF_MEMORY, 1)
         else:
             code = _fail(f"internal error: {type(error).__name__}: {error} (run again with --debug, and report it)", 70)
     sys.exit(code)
+
+
+_OUT_OF_MEMORY = "out of memory; close other programs, or choose a smaller model"
 
 
 def _fail(message: str, code: int) -> int:
