@@ -75,7 +75,8 @@ def parse_budget(text: str) -> Budget:
             budget = Budget("ratio", float(stripped), stripped)
         except ValueError:
             budget = Budget("ratio", math.nan, stripped)
-    if not (math.isfinite(budget.value) and budget.value > 0):
+    meaningless = budget.kind == "ratio" and budget.value > 2  # more than fp32: "12" for "12MB"
+    if meaningless or not (math.isfinite(budget.value) and budget.value > 0):
         raise UsageError(
             f"budget {text!r}: expected a size (12MB), a ratio of the dense fp16 weights (0.3), or bits per weight "
             "(4bpw, 4bpw-linear)"

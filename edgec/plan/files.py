@@ -13,7 +13,7 @@ from typing import Any
 
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
-from ruamel.yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEvent, ScalarEvent
+from ruamel.yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEvent, DocumentStartEvent, ScalarEvent
 
 from edgec import decompose, limits
 from edgec.errors import EdgecError, RecipeError
@@ -43,9 +43,12 @@ def read_yaml(path: Path) -> Any:
             depth += isinstance(event, CollectionStartEvent) - isinstance(event, CollectionEndEvent)
             if depth > _MAX_DEPTH:  # the parser's time grows with the square of the depth
                 raise RecipeError(f"{path}:{event.start_mark.line + 1}: nested deeper than {_MAX_DEPTH} levels")
+            if isinstance(event, DocumentStartEvent) and event.version not in (None, (1, 2)):
+                raise RecipeError(f"{path}:{event.start_mark.line + 1}: YAML 1.2 only; remove the %YAML line")
             tagged = isinstance(event, ScalarEvent | CollectionStartEvent) and getattr(event, "ctag", None)
-            if isinstance(event, AliasEvent) or tagged:
-                raise RecipeError(f"{path}:{event.start_mark.line + 1}: aliases and tags are not allowed")
+            merged = isinstance(event, ScalarEvent) and event.value == "<<" and event.style is None
+            if isinstance(event, AliasEvent) or tagged or merged:
+                raise RecipeError(f"{path}:{event.start_mark.line + 1}: aliases, merges and tags are not allowed")
         return YAML(typ="safe", pure=True).load(text)
     except (YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
