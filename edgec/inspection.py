@@ -72,7 +72,9 @@ def inspect(path: Path, *, check: bool = False) -> Inspection:
 
 def verify_files(path: Path, manifest: Mapping[str, Any]) -> None:
     """Every file against its hash. Raises VerificationError listing what is missing, added or changed."""
-    expected = dict(manifest["files"])
+    expected = manifest.get("files")
+    if not isinstance(expected, dict):
+        raise CheckpointError(f"{path / MANIFEST_NAME}: the manifest is damaged (no files)")
     present = {str(f.relative_to(path)) for f in path.rglob("*") if f.is_file() and f.name != MANIFEST_NAME}
     problems = [f"{name} is missing" for name in sorted(set(expected) - present)]
     problems += [f"{name} was added" for name in sorted(present - set(expected))]

@@ -1,4 +1,4 @@
-"""The `edgec` command in this process (quick) or in one of its own (signals, limits), and the contract of its failures."""
+"""The `edgec` command in this process (quick) or in its own (signals, limits), and the contract of its failures."""
 
 from __future__ import annotations
 

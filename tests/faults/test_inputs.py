@@ -166,7 +166,9 @@ def test_a_plan_with_a_rank_above_its_cuts_maximum(export: Callable[..., Said], 
 def test_a_plan_for_a_layer_that_is_not_there(export: Callable[..., Said], model: Path, tmp_path: Path) -> None:
     text = write_plan(pipeline._explicit_plan(Workspace(model), "uniform:0.5", "onnx-x64"))
     (tmp_path / "plan.yaml").write_text(text.replace(LAYER, "model.layers.7.gate"), encoding="utf-8")
-    check_failure(export(model, "--plan", tmp_path / "plan.yaml"), 1, r"layer 'model\.layers\.7\.gate' is not in the model")
+    check_failure(
+        export(model, "--plan", tmp_path / "plan.yaml"), 1, r"layer 'model\.layers\.7\.gate' is not in the model"
+    )
 
 
 def test_a_budget_below_the_floor(export: Callable[..., Said], model: Path, text_file: Path) -> None:
@@ -191,9 +193,7 @@ def test_text_that_cannot_calibrate(
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
-def test_a_tokenizer_that_does_not_load(
-    export: Callable[..., Said], model: Path, text_file: Path, name: str
-) -> None:
+def test_a_tokenizer_that_does_not_load(export: Callable[..., Said], model: Path, text_file: Path, name: str) -> None:
     _garbage(name)(model)
     said = export(model, "--plan", "dense:int4-b32", "--calibration", text_file)
     check_failure(said, 1, r"model: no tokenizer that loads|tokenizer")
@@ -212,8 +212,14 @@ def test_existing_output_is_kept_unless_forced(
     words = ("export", model, "-t", "onnx-x64", *PLAIN, "-o")
     check_failure(invoke(capsys, *words, room / "out"), 1, r"out: already exists; .*--force")
     check_failure(invoke(capsys, *words, model, "--force"), 1, r"model: --force replaces folders that edgec wrote")
-    check_failure(invoke(capsys, *words, model / "config.json", "--force"), 1, r"config\.json: exists and is not a folder")
-    check_failure(invoke(capsys, *words, model / "config.json" / "out"), 1, r"out: cannot be written \((File exists|Not a directory)")
+    check_failure(
+        invoke(capsys, *words, model / "config.json", "--force"), 1, r"config\.json: exists and is not a folder"
+    )
+    check_failure(
+        invoke(capsys, *words, model / "config.json" / "out"),
+        1,
+        r"out: cannot be written \((File exists|Not a directory)",
+    )
     (tmp_path / "link").symlink_to(room / "out")
     check_failure(invoke(capsys, *words, tmp_path / "link", "--force"), 1, r"link: exists and is not a folder")
     (tmp_path / "link").unlink()

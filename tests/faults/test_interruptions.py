@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGKILL, full disks and rivals in the middle of an export: earlier output is untouched, and a re-run works."""
+"""Ctrl-C, SIGKILL, full disks and rivals in mid-export: earlier output is untouched, and a re-run works."""
 
 from __future__ import annotations
 
@@ -30,9 +30,7 @@ def _words(source: Path, out: Path) -> tuple[str | Path, ...]:
 def whole(lm_source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """What an undisturbed run writes."""
     out = tmp_path_factory.mktemp("whole") / "out"
-    pipeline.export(
-        pipeline.ExportRequest(lm_source, "onnx-x64", out, plan="uniform:0.5", plain=True, quality=False)
-    )
+    pipeline.export(pipeline.ExportRequest(lm_source, "onnx-x64", out, plan="uniform:0.5", plain=True, quality=False))
     return tree(out)
 
 
@@ -118,9 +116,7 @@ def test_a_second_run_into_the_same_output_exits_and_the_first_succeeds(
     assert tree(room) == {"out": "dir", **{f"out/{name}": digest for name, digest in whole.items()}}
 
 
-def test_a_file_size_limit(
-    started: Callable[..., subprocess.Popen[str]], lm_source: Path, room: Path
-) -> None:
+def test_a_file_size_limit(started: Callable[..., subprocess.Popen[str]], lm_source: Path, room: Path) -> None:
     before = tree(room)
     limit = 60_000  # the tokenizer and the graph pass, the weights do not
 
@@ -149,9 +145,7 @@ def test_a_full_disk(
     assert tree(room) == before
 
 
-def test_a_really_full_disk(
-    started: Callable[..., subprocess.Popen[str]], lm_source: Path, tmp_path: Path
-) -> None:
+def test_a_really_full_disk(started: Callable[..., subprocess.Popen[str]], lm_source: Path, tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=128k", "edgec-test", str(disk)], capture_output=True)
@@ -192,7 +186,11 @@ def test_out_of_memory_and_bugs_are_one_line_too(
         (MemoryError(), 1, r"out of memory"),
         (KeyboardInterrupt(), 130, r"interrupted"),
         (ZeroDivisionError("a\nbug"), 70, r"internal error: ZeroDivisionError: a bug .*--debug"),
-        (RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: not enough memory"), 1, r"out of memory"),
+        (
+            RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: not enough memory"),
+            1,
+            r"out of memory",
+        ),
     ):
         monkeypatch.setattr(pipeline, "_verified_manifest", raising(error))
         check_failure(invoke(capsys, *_words(lm_source, room / "out")), code, message)
