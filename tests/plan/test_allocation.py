@@ -59,7 +59,7 @@ def test_the_hull_is_convex_and_below_everything(values: list[tuple[int, int]]) 
         assert min(o.loss + price * o.bytes for o in kept) == pytest.approx(cheapest)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(instance=instances, share=st.floats(0, 1.2))
 def test_allocation_is_feasible_and_near_the_optimum(instance: list[list[tuple[int, int]]], share: float) -> None:
     """Within one hull step of the best plan there is, and exact where the budget is spent by whole steps."""

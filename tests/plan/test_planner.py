@@ -54,7 +54,7 @@ def profile(layers: list[Layer] | None = None, target: Target = X64, *, dull: tu
     return Made("sha256:x", tuple(made))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(bits=st.floats(3.0, 9.5))
 def test_a_total_budget_is_never_exceeded(bits: float) -> None:
     budget = parse_budget(f"{bits}bpw")

@@ -16,8 +16,12 @@ import onnx_ir as ir
 MODEL_FILE = "model.onnx"
 DATA_FILE = "model.onnx.data"
 
-_ALIGNMENT = 4096
-"""Offset alignment of larger tensors [bytes]: what onnxruntime needs to map instead of read."""
+_PAGE = 4096
+"""Offset alignment of tensors from _LARGE on [bytes]: what some systems need to map a tensor instead of reading it."""
+_LARGE = 1 << 20
+"""Tensors from this size on start on a page [bytes], onnx's own threshold. Aligning all of them cost MiniLM 1.3 %."""
+_LINE = 64
+"""Offset alignment of the others [bytes]: a cache line, the most that a kernel asks for."""
 _SMALL = 1024
 """Tensors up to this size stay inside model.onnx [bytes]."""
 
@@ -41,7 +45,7 @@ def save_model(model: ir.Model, folder: Path, progress: Callable[[int, int], Non
             raw = tensor.tobytes()
             digest = hashlib.sha256(raw).hexdigest()
             if digest not in places:
-                data.seek(-data.tell() % _ALIGNMENT, 1)
+                data.seek(-data.tell() % (_PAGE if len(raw) >= _LARGE else _LINE), 1)
                 places[digest] = (data.tell(), len(raw))
                 data.write(raw)
                 sizes[name] = len(raw)
