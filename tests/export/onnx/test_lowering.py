@@ -1,4 +1,4 @@
-"""What the lowering does to a graph: the layer's node is replaced, nothing else is, and every step computes what it says.
+"""What the lowering does to a graph: the layer's node is replaced, nothing else is, and every step computes its part.
 
 That lowered decompositions equal their torch form is in `tests/contracts/test_decompositions.py`.
 """
@@ -178,7 +178,7 @@ def test_layers_that_share_their_cores_share_their_bytes(tmp_path: Path) -> None
         dense = lookup.dense()
         np.testing.assert_allclose(run_graph(graph.model, folder, x), dense[x] @ dense.T, rtol=1e-3, atol=1e-3)
         data = (folder / "model.onnx.data").stat().st_size
-        assert data <= lookup.stored_bytes + 2 * 4096 < 2 * lookup.stored_bytes + 2 * 4096
+        assert data <= lookup.stored_bytes + 128
 
 
 def test_a_layer_that_the_graph_lacks_is_named() -> None:
