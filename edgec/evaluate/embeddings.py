@@ -83,12 +83,15 @@ class Pairs:
 
 
 def read_sts(file: Path) -> Pairs:
-    """An STS-Benchmark file: tab-separated, score in column 5, sentences in 6 and 7 (1-based)."""
-    with file.open(encoding="utf-8", newline="") as lines:
-        rows = list(csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE))
+    """An STS-Benchmark file: tab-separated, score in column 5, sentences in 6 and 7 (1-based). Raises UsageError."""
     try:
-        return Pairs(tuple(r[5] for r in rows), tuple(r[6] for r in rows), tuple(float(r[4]) for r in rows))
-    except (IndexError, ValueError) as error:
+        with file.open(encoding="utf-8", newline="") as lines:
+            rows = [row for row in csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE) if row]
+        scores = tuple(float(row[4]) for row in rows)
+        if len(rows) < 2 or not np.isfinite(scores).all():
+            raise ValueError("no pairs")
+        return Pairs(tuple(row[5] for row in rows), tuple(row[6] for row in rows), scores)
+    except (IndexError, ValueError, csv.Error) as error:
         raise UsageError(
             f"{file}: not an STS-Benchmark file (score in column 5, sentences in 6 and 7, tab-separated)"
         ) from error
