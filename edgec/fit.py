@@ -120,6 +120,8 @@ class FactorCache:
         return self._kept.get(key)
 
     def put(self, key: Any, factors: Factors) -> None:
+        if (replaced := self._kept.pop(key, None)) is not None:
+            self._bytes -= _resident(replaced)
         self._kept[key] = factors
         self._bytes += _resident(factors)
         while self._bytes > self.cap_bytes and len(self._kept) > 1:

@@ -63,7 +63,7 @@ def save_compressed(
     tensors: dict[str, NDArray[Any]] = {}
     for name, place in modeling.places(model, checkpoint).items():
         if place not in replaced:
-            tensors[place] = np.ascontiguousarray(checkpoint.read(name))
+            tensors[place] = checkpoint.read(name)  # contiguous already; ascontiguousarray would give scalars an axis
     owners: dict[int, str] = {}
     aliases: dict[str, str] = {}
     for layer, fitted in sorted(factors.items()):

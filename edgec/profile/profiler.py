@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -22,6 +23,8 @@ from edgec.profile.entropy import cut, looks_random, random_entropy, singular_va
 from edgec.profile.store import Profile
 from edgec.quantize.formats import CoreFormat
 from edgec.records import Choice, LayerProfile, Spec
+
+logger = logging.getLogger(__name__)
 
 Candidates = Callable[[Layer, bool], Sequence[tuple[Spec, CoreFormat]]]
 """(layer, incompressible) → specs and formats worth scoring."""
@@ -116,16 +119,25 @@ class Scorer:
         self.whole = self._squared(weight)
 
     def score(self, candidates: Sequence[tuple[Spec, CoreFormat]]) -> list[Choice]:
-        """One Choice per candidate, in order; trains that do not beat the low-rank form of their size are left out."""
+        """One Choice per candidate, in order.
+
+        Trains that do not beat the low-rank form of their size are left out, and so, with a warning, are factored
+        forms whose decomposition does not converge: the layer then stays dense.
+        """
         kept: dict[tuple[tuple[int, int], ...], bool] = {}
         choices = []
         for spec, fmt in candidates:
-            if spec.kind == "tensor_train":
-                if spec.modes not in kept:
-                    kept[spec.modes] = self._worthwhile(spec)
-                if not kept[spec.modes]:
-                    continue
-            choices.append(self.choice(spec, fmt))
+            try:
+                if spec.kind == "tensor_train":
+                    if spec.modes not in kept:
+                        kept[spec.modes] = self._worthwhile(spec)
+                    if not kept[spec.modes]:
+                        continue
+                choices.append(self.choice(spec, fmt))
+            except NumericsError as error:
+                if spec.kind == "dense":
+                    raise
+                logger.warning("layer %r: %s in %s is left out: %s", self.layer.name, spec, fmt, error)
         return choices
 
     def choice(self, spec: Spec, fmt: CoreFormat) -> Choice:

@@ -107,6 +107,20 @@ def test_trains_are_scored_only_where_they_find_something() -> None:
         assert len(scorer.score([(spec, INT4)])) == kept
 
 
+def test_a_decomposition_that_does_not_converge_leaves_the_layer_dense(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def diverges(*_: Any, **__: Any) -> Any:
+        raise np.linalg.LinAlgError("did not converge")
+
+    monkeypatch.setattr("edgec.decompose.tensor_train.eigh", diverges)
+    weight = np.random.default_rng(0).standard_normal((64, 64)).astype(np.float32)
+    scorer = Scorer(Layer("x", "linear", (64, 64)), weight, white(64, 64))
+    found = scorer.score([(Spec("dense"), INT4), (Spec("svd", (16,)), INT4)])
+    assert [c.spec.kind for c in found] == ["dense"]
+    assert "'x': svd χ=16 in int4-b32 is left out" in caplog.text
+
+
 def test_fitted_candidates_are_cached_up_to_a_size() -> None:
     weight = np.random.default_rng(0).standard_normal((64, 64)).astype(np.float32)
     cache = FactorCache(cap_bytes=40_000)

@@ -65,6 +65,13 @@ def test_byte_counts_are_those_of_the_packed_arrays(name: str, k: int) -> None:
     assert stored.dequantize().shape == core.shape
 
 
+@pytest.mark.parametrize("name", ["int8-b32", "int4-b32-zp", "int2-b64"])
+def test_scales_survive_a_cut_to_bfloat16(name: str) -> None:
+    """What KleidiAI's 4-bit kernels on arm64 do to them."""
+    scales = rtn.quantize(core_of(8, 128), CoreFormat.parse(name)).scales.astype(np.float32)
+    assert ((scales.view(np.uint32) & 0xFFFF) == 0).all()
+
+
 def test_padding_holds_the_code_of_zero() -> None:
     stored = rtn.quantize(core_of(3, 40), CoreFormat.parse("int4-b32"))
     assert (stored.codes[:, 40:] == 8).all()
