@@ -16,7 +16,8 @@ from typing import Any
 from edgec import pipeline, subprocesses
 from edgec.bench import baselines, shapes
 from edgec.bench.harness import BenchSettings, Contestant, run_bench
-from edgec.errors import BenchError, UsageError
+from edgec.checkpoint import read_json
+from edgec.errors import BenchError, CheckpointError, UsageError
 from edgec.evaluate.embeddings import (
     Pairs,
     pair_similarities,
@@ -26,7 +27,7 @@ from edgec.evaluate.embeddings import (
     torch_embedder,
 )
 from edgec.modeling import ENCODER_TASK
-from edgec.records import Measurement
+from edgec.records import MANIFEST_NAME, Measurement
 from edgec.runtime.interfaces import CAUSAL_LM, ENCODER
 from edgec.runtime.ort_encoder import OrtEncoder
 from edgec.workspace import Workspace
@@ -66,10 +67,22 @@ def evaluate(
     interval.
     """
     workspace = Workspace(model, calibration)
+    _require_same_model(artifact, workspace)
     result = pipeline.measure_quality(workspace, artifact)
     if sts is not None:
         result.update(_sts_quality(workspace, artifact, read_sts(sts)))
     return result
+
+
+def _require_same_model(artifact: Path, workspace: Workspace) -> None:
+    """A divergence from another model than the one compressed means nothing. Raises CheckpointError."""
+    manifest = read_json(artifact / MANIFEST_NAME) if (artifact / MANIFEST_NAME).is_file() else {}
+    made_from = manifest.get("fingerprint") if isinstance(manifest, dict) else None
+    if made_from is not None and made_from != workspace.checkpoint.fingerprint:
+        raise CheckpointError(
+            f"{artifact} was made from {str(made_from)[:19]}…, {workspace.folder} is "
+            f"{workspace.checkpoint.fingerprint[:19]}…; give the model that it was exported from"
+        )
 
 
 def _sts_quality(workspace: Workspace, artifact: Path, pairs: Pairs) -> dict[str, float]:
@@ -113,6 +126,7 @@ def _shown(contestants: Sequence[Contestant], stage: str, progress: pipeline.Pro
 
 
 def _quality(workspace: Workspace, contestant: Contestant, sts: Path | None) -> dict[str, float]:
+    _require_same_model(contestant.folder, workspace)
     found = pipeline.measure_quality(workspace, contestant.folder)
     keys = ("cosine",) if workspace.task == ENCODER_TASK else ("kl", "perplexity_ratio", "top1")
     quality = {key: float(found[key]) for key in keys}

@@ -222,7 +222,7 @@ def print_bench(out: Console, rows: Sequence[Measurement], costs: Sequence[Any],
             line(out, f"{row.contestant}: {note}", dim=True)
     for cost in costs:
         line(out, f"export of {cost.name}: {cost.seconds:.0f} s, peak memory {size(cost.peak_rss_bytes)}")
-    if costs and len(rows) == 2 and all(row.metrics for row in rows):
+    if len(rows) == 2 and all(row.metrics for row in rows):
         print_ratios(out, rows[0], rows[1])
 
 

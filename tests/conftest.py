@@ -30,3 +30,21 @@ def lm_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Calibration text, short enough to be quick."""
     return write_text(tmp_path_factory.mktemp("text") / "text.txt")
+
+
+@pytest.fixture(scope="session")
+def lm_artifact(lm_source: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny Llama at half its parameters and int4, exported for x64."""
+    return _exported(lm_source, text_file, tmp_path_factory.mktemp("lm-artifact") / "lm-half")
+
+
+@pytest.fixture(scope="session")
+def encoder_artifact(encoder_source: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny BERT, likewise."""
+    return _exported(encoder_source, text_file, tmp_path_factory.mktemp("encoder-artifact") / "encoder-half")
+
+
+def _exported(source: Path, text: Path, out: Path) -> Path:
+    from edgec import pipeline
+
+    return pipeline.export(pipeline.ExportRequest(source, "onnx-x64", out, plan="uniform:0.5", calibration=text)).out
