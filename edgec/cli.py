@@ -32,7 +32,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-out = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 100)  # pipes and files: as wide as tables get
+# Pipes and files get the width that tables are made for.
+out = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 100)
 
 Model = Annotated[
     Path, typer.Argument(help="transformers folder: config.json, *.safetensors, tokenizer", show_default=False)

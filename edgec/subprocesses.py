@@ -153,10 +153,17 @@ def _collect(
             stopped = "timeout"
     if stopped:
         _kill_group(process)
-        # Readers may be blocked on a full queue; emptying it lets them see the closed pipe and end.
+        # Readers may be blocked on a full queue; emptying it lets them see the closed pipe and end. What the process had
+        # written to stdout before it was stopped still counts: samples that were measured are kept.
         with contextlib.suppress(queue.Empty):
             while True:
-                chunks.get(timeout=0.05)
+                stream, data = chunks.get(timeout=0.05)
+                if stream == "out" and data != _END and len(out) < cap and stopped != "consumer":
+                    out += data[: cap - len(out)]
+                    if on_line is not None:
+                        pending += data
+                        if not _hand_lines(pending, on_line):
+                            stopped = "consumer"
     process.wait()
     for thread in threads:
         thread.join(timeout=1.0)
