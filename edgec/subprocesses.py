@@ -153,8 +153,8 @@ def _collect(
             stopped = "timeout"
     if stopped:
         _kill_group(process)
-        # Readers may be blocked on a full queue; emptying it lets them see the closed pipe and end. What the process had
-        # written to stdout before it was stopped still counts: samples that were measured are kept.
+        # Readers may be blocked on a full queue; emptying it lets them see the closed pipe and end. What the process
+        # had written to stdout before it was stopped still counts: samples that were measured are kept.
         with contextlib.suppress(queue.Empty):
             while True:
                 stream, data = chunks.get(timeout=0.05)

@@ -17,6 +17,7 @@ from edgec.contraction import flops, parameters
 from edgec.errors import EdgecError, NumericsError
 from edgec.fit import FactorCache, Factors, contraction_of, fit
 from edgec.modeling import Layer
+from edgec.moments import SecondMoment
 from edgec.pooling import Pooling
 from edgec.profile.activations import Statistics, collect
 from edgec.profile.entropy import cut, looks_random, random_entropy, singular_values, von_neumann
@@ -34,6 +35,9 @@ Progress = Callable[[str, int, int], None]
 
 _WORTHWHILE = 0.98
 """A train must beat the low-rank form of its size by 2 % in functional error before its quantised forms are scored."""
+
+_HOPELESS = 1.1
+"""A train whose plain error is a tenth above the low-rank form's is not tried with the activations."""
 
 Array = NDArray[Any]
 
@@ -167,15 +171,22 @@ class Scorer:
         return found
 
     def _worthwhile(self, spec: Spec) -> bool:
-        """Does this train, unquantised, beat the low-rank form with as many parameters?"""
+        """Does this train, unquantised, beat the low-rank form with as many parameters?
+
+        Asked of the weight alone first: whitening a train whose state is wide takes seconds, and does not save one that is
+        far behind before it.
+        """
         size = parameters(contraction_of(spec, self.layer.shape, self.layer.role))
-        rank = min(max(1, size // sum(self.layer.shape)), min(self.layer.shape))
-        plain = CoreFormat(32)
-        train = self._squared(self.weight - fit(self.weight, spec, plain, moment=self.moment).dense())
-        low_rank = self._squared(
-            self.weight - fit(self.weight, Spec("svd", (rank,)), plain, moment=self.moment).dense()
-        )
-        return bool(np.sqrt(max(train, 0.0)) < _WORTHWHILE * np.sqrt(max(low_rank, 0.0)))
+        low_rank = Spec("svd", (min(max(1, size // sum(self.layer.shape)), min(self.layer.shape)),))
+
+        def error(candidate: Spec, moment: SecondMoment | None) -> float:
+            difference = self.weight - fit(self.weight, candidate, CoreFormat(32), moment=moment).dense()
+            squared = self._squared(difference) if moment is not None else float((difference**2).sum())
+            return float(np.sqrt(max(squared, 0.0)))
+
+        if not error(spec, None) < _HOPELESS * error(low_rank, None):
+            return False
+        return error(spec, self.moment) < _WORTHWHILE * error(low_rank, self.moment)
 
     def _squared(self, difference: Array) -> float:
         """Expected squared output error of a weight error [out, in] (table error [v, d])."""
