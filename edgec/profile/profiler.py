@@ -173,8 +173,8 @@ class Scorer:
     def _worthwhile(self, spec: Spec) -> bool:
         """Does this train, unquantised, beat the low-rank form with as many parameters?
 
-        Asked of the weight alone first: whitening a train whose state is wide takes seconds, and does not save one that is
-        far behind before it.
+        Asked of the weight alone first: whitening a train whose state is wide takes seconds, and does not save one
+        that is far behind before it.
         """
         size = parameters(contraction_of(spec, self.layer.shape, self.layer.role))
         low_rank = Spec("svd", (min(max(1, size // sum(self.layer.shape)), min(self.layer.shape)),))
