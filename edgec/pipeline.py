@@ -151,6 +151,7 @@ def compress(
     """Fit a plan (a YAML file or a constraint) and write the Compressed folder."""
     outputs.check_free(out, force=force)
     workspace = Workspace(model, calibration)
+    workspace.require_finite()
     made = _explicit_plan(workspace, plan_text, target)
     found = _statistics_for(workspace, made, profile_folder, plain, progress)
     factors = _fit(workspace, made.choices, found, progress)
@@ -208,7 +209,19 @@ def export(request: ExportRequest, progress: Progress = _silent) -> Exported:
             made, factors, written = _plan_and_write(workspace, request, target, budget, stage, work, progress)
         manifest = _verified_manifest(workspace, made, factors, written, target, stage, request, progress)
         (stage / MANIFEST_NAME).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        if made.budget == str(budget):
+            _require_within(budget, stage, written)
     return Exported(request.out, made, manifest)
+
+
+def _require_within(budget: Budget, stage: Path, written: exporter.Written) -> None:
+    """The last look, at the finished folder itself. Raises BudgetError."""
+    whole = sum(f.stat().st_size for f in stage.rglob("*") if f.is_file())
+    if budget.kind == "size" and not whole <= budget.value:
+        raise BudgetError(
+            f"budget {budget}: the finished folder has {whole} bytes, {whole - written.model_bytes} of them beside the "
+            "model; raise --budget a little"
+        )
 
 
 def _plan_and_write(
@@ -271,6 +284,8 @@ def _write(
 def _from_compressed(request: ExportRequest, target: Target, work: Path) -> tuple[Workspace, Plan, dict[str, Factors]]:
     """A compressed folder as a workspace over its densified weights, its plan, its factors as they were stored."""
     opened = store.open_compressed(request.model)
+    exporter.refuse_unsupported(opened.checkpoint, modeling.task_of(opened.checkpoint))
+    opened.checkpoint.check_finite()
     checkpoint = store.densify(opened, work / "dense")
     workspace = Workspace(checkpoint.folder, request.calibration)
     check_plan(replace(opened.plan, fingerprint=""), workspace.layers, target, "")

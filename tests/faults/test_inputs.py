@@ -113,6 +113,31 @@ def test_a_weight_that_is_no_number_is_named(
     check_failure(export(model, *PLAIN), 1, f"tensor '{full}' holds {kind}")
 
 
+def test_a_compressed_folder_is_checked_like_a_checkpoint(
+    export: Callable[..., Said], lm_source: Path, tmp_path: Path
+) -> None:
+    pipeline.compress(lm_source, tmp_path / "compressed", "uniform:0.5", plain=True)
+    set_weight(tmp_path / "compressed", "input_layernorm.weight", float("nan"))
+    check_failure(export(tmp_path / "compressed"), 1, r"tensor 'model\.layers\.0\.input_layernorm\.weight' holds NaN")
+    check_failure(
+        export(tmp_path / "compressed", "--plan", "dense:fp32"), 2, r"compressed is already compressed; --plan"
+    )
+    edit_json(tmp_path / "compressed" / "config.json", edgec={"version": 1, "plan": {"choices": [{"layer": 3}]}})
+    check_failure(export(tmp_path / "compressed"), 1, r"config\.json: the edgec section is damaged")
+    edit_json(tmp_path / "compressed" / "config.json", edgec={"version": 99})
+    check_failure(export(tmp_path / "compressed"), 1, r"not a folder that this version of `edgec compress` wrote")
+
+
+@pytest.mark.parametrize("name", ["layers.0.input_layernorm.weight", "layers.0.mlp.up_proj.weight"])
+def test_compress_refuses_a_weight_that_is_no_number(
+    capsys: pytest.CaptureFixture[str], model: Path, tmp_path: Path, name: str
+) -> None:
+    full = set_weight(model, name, float("inf"))
+    words = ("compress", model, "--plan", "uniform:0.5", "--plain", "-o", tmp_path / "out")
+    check_failure(invoke(capsys, *words), 1, f"tensor '{full}' holds Inf")
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_a_runtime_cannot_execute_is_refused_before_any_work(
     export: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
