@@ -85,6 +85,10 @@ def table(*columns: str, title: str = "", head: bool = True) -> Table:
     return made
 
 
+_MOST_NOTES = 12
+"""More notes than this are cut in the middle; `edgec inspect` prints them all."""
+
+
 def print_export(out: Console, done: Any, cost: Mapping[str, float]) -> None:
     manifest = done.manifest
     sizes, parity = manifest["sizes"], manifest["parity"]
@@ -98,7 +102,8 @@ def print_export(out: Console, done: Any, cost: Mapping[str, float]) -> None:
         shown.add_row(name, safe(value))
     shown.add_row("took", f"{cost['seconds']:.0f} s, peak memory {size(cost['peak_rss_bytes'])}")
     out.print(shown)
-    for note in done.plan.notes:
+    notes = done.plan.notes
+    for note in notes if len(notes) <= _MOST_NOTES else (*notes[: _MOST_NOTES - 2], "…", notes[-1]):
         line(out, f"note: {note}", dim=True)
     line(out, f"next: edgec run {done.out} …   ·   edgec inspect {done.out}")
 

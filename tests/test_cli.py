@@ -14,8 +14,9 @@ from command_for_tests import Said, finish, invoke, start
 from models_for_tests import tree
 from rich.console import Console
 
-from edgec import __version__, console
+from edgec import __version__, console, pipeline
 from edgec.inspection import Finding
+from edgec.records import Plan
 
 VERBS = ("export", "profile", "plan", "compress", "eval", "run", "bench", "inspect", "targets", "doctor")
 
@@ -240,3 +241,18 @@ def test_pairs_have_no_empty_header_and_cannot_be_forged() -> None:
     assert "[bold]�[31m next�" in text and "[link]x" in text and "[red]title" in text
     assert "0.12346" in text
     assert all(line.strip() for line in text.splitlines())
+
+
+def test_a_large_model_does_not_drown_its_figures_in_notes() -> None:
+    plan = Plan("sha256:0", "onnx-x64", "4bpw", (), notes=tuple(f"layer {i} stays dense" for i in range(200)))
+    manifest = {
+        "sizes": {"model_bytes": 1, "dense_fp16_bytes": 4, "total_bpw": 4.0, "linear_bpw": 4.0},
+        "parity": {"error": 1e-6, "shipped": 1e-2},
+        "quality": {},
+    }
+    out = Console(file=StringIO(), width=80)
+    console.print_export(out, pipeline.Exported(Path("out"), plan, manifest), {"seconds": 1.0, "peak_rss_bytes": 1e9})
+    text = out.file.getvalue()  # type: ignore[attr-defined]
+    assert len(text.splitlines()) < 30
+    assert "layer 0 stays" in text
+    assert "layer 199 stays" in text
