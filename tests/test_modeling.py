@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -118,7 +119,11 @@ def test_unknown_architectures_are_named(encoder_source: Path, tmp_path: Path) -
 
 @pytest.mark.parametrize("which", ["encoder_source", "lm_source"])
 def test_nothing_that_a_config_names_is_loaded(
-    which: str, request: pytest.FixtureRequest, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    which: str,
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     source = request.getfixturevalue(which)
     evil = copied(
@@ -132,7 +137,12 @@ def test_nothing_that_a_config_names_is_loaded(
     )
     (evil.folder / "evil.py").write_text("raise SystemExit('executed')")
     shutil.copy(source / "model.safetensors", evil.folder / "evil.safetensors")
-    model = load_dense(evil)
+    # Other tests run tools that turn logging down for the whole process; the warning is asked for by name.
+    monkeypatch.setattr(logging.getLogger("edgec.modeling"), "disabled", False)
+    monkeypatch.setattr(logging.getLogger("edgec.modeling"), "propagate", True)
+    monkeypatch.setattr(logging.getLogger("edgec"), "propagate", True)
+    with caplog.at_level(logging.WARNING, logger="edgec.modeling"):
+        model = load_dense(evil)
     assert "auto_map" in caplog.text
     assert model.config._attn_implementation in ("sdpa", "eager")
     assert "evil" not in json.dumps(hf_config(evil).to_dict())
