@@ -12,7 +12,6 @@ import numpy as np
 import torch
 import transformers
 from numpy.typing import NDArray
-from scipy.stats import spearmanr
 from torch import Tensor
 
 from edgec.calibration import Batches
@@ -106,6 +105,8 @@ def pair_similarities(embed: Embed, pairs: Pairs) -> NDArray[np.float64]:
 
 
 def spearman(similarities: NDArray[Any], scores: Sequence[float] | NDArray[Any]) -> float:
+    from scipy.stats import spearmanr  # half a second of imports that most commands never need
+
     return float(spearmanr(similarities, scores).statistic)
 
 
