@@ -20,7 +20,7 @@ from edgec.contraction import Contraction, Gather, core_shapes, dense, quantisab
 from edgec.errors import NumericsError, PlanError
 from edgec.moments import SecondMoment
 from edgec.quantize import gptq, rtn
-from edgec.quantize.formats import CoreFormat, QuantizedTensor, storable
+from edgec.quantize.formats import BACKBONE, CoreFormat, LayerFormat, PairFormat, QuantizedTensor, storable
 from edgec.records import Spec
 
 Core = NDArray[Any] | QuantizedTensor
@@ -59,24 +59,27 @@ def contraction_of(spec: Spec, shape: tuple[int, int], role: str) -> Contraction
     return decompose.get(spec.kind).contraction(spec, *shape)
 
 
-def stored_bytes(spec: Spec, shape: tuple[int, int], role: str, fmt: CoreFormat) -> int:
-    """Bytes that a choice will store, known before anything is computed."""
+def stored_bytes(spec: Spec, shape: tuple[int, int], role: str, fmt: LayerFormat) -> int:
+    """Bytes that a choice will store, known before anything is computed. Raises PlanError like `fit`."""
     contraction = contraction_of(spec, shape, role)
+    _check_pair(spec, contraction, fmt)
     able = quantisable(contraction)
     return sum(_format_of(name, able, fmt).stored_bytes(s) for name, s in core_shapes(contraction).items())
 
 
 def fit(
-    weight: NDArray[Any], spec: Spec, fmt: CoreFormat, *, role: str = "linear", moment: SecondMoment | None = None
+    weight: NDArray[Any], spec: Spec, fmt: LayerFormat, *, role: str = "linear", moment: SecondMoment | None = None
 ) -> Factors:
     """weight [out, in] (table [v, n] for an embedding) → Factors.
 
     With a moment, the factorization is whitened by it and cores are quantised by GPTQ; without one, plain and
-    rounded to nearest. Raises NumericsError when the weight is not finite.
+    rounded to nearest. Raises NumericsError when the weight is not finite, PlanError for a pair of formats where no
+    core is a backbone.
     """
     if not np.isfinite(weight).all():
         raise NumericsError("the weight holds NaN or Inf")
     contraction = contraction_of(spec, (int(weight.shape[0]), int(weight.shape[1])), role)
+    _check_pair(spec, contraction, fmt)
     able = quantisable(contraction)
     cores: dict[str, Core] = {}
 
@@ -98,9 +101,14 @@ def fit(
     return Factors(contraction, cores)
 
 
-def _format_of(name: str, able: frozenset[str], fmt: CoreFormat) -> CoreFormat:
+def _format_of(name: str, able: frozenset[str], fmt: LayerFormat) -> CoreFormat:
     """Cores that no low-bit kernel takes (diagonal scales, block rotations) are kept as fp16 in a quantised layer."""
-    return fmt if name in able or not fmt.quantised else CoreFormat(16)
+    return fmt.of(name) if name in able or not fmt.quantised else CoreFormat(16)
+
+
+def _check_pair(spec: Spec, contraction: Contraction, fmt: LayerFormat) -> None:
+    if isinstance(fmt, PairFormat) and BACKBONE not in core_shapes(contraction):
+        raise PlanError(f"{spec} has no core called {BACKBONE!r}; give it one format instead of {fmt}")
 
 
 class FactorCache:

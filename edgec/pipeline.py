@@ -34,7 +34,7 @@ from edgec.plan.planner import Sizes, check_plan, constrained_plan, plan_to_budg
 from edgec.profile.activations import collect
 from edgec.profile.profiler import build_profile
 from edgec.profile.store import Profile, load_profile, save_profile
-from edgec.quantize.formats import CoreFormat
+from edgec.quantize.formats import LayerFormat
 from edgec.records import MANIFEST_NAME, MANIFEST_VERSION, Choice, Plan, Target, as_dict
 from edgec.runtime.ort_decoder import OrtDecoder
 from edgec.runtime.ort_encoder import OrtEncoder
@@ -165,7 +165,7 @@ def _statistics_for(
     """What fitting a given plan needs of the activations: from a profile folder, measured now, or nothing at all."""
     if folder is not None:
         return load_profile(folder, workspace.checkpoint)
-    lossless = all(c.spec.kind == "dense" and not CoreFormat.parse(c.format).quantised for c in made.choices)
+    lossless = all(c.spec.kind == "dense" and not LayerFormat.parse(c.format).quantised for c in made.choices)
     if plain or lossless:
         return None
     require_text(workspace)

@@ -15,7 +15,7 @@ from edgec.errors import EdgecError
 from edgec.fit import FactorCache, Factors, fit
 from edgec.modeling import Layer
 from edgec.moments import SecondMoment
-from edgec.quantize.formats import CoreFormat
+from edgec.quantize.formats import LayerFormat
 from edgec.records import Choice
 
 Weights = Callable[[str], NDArray[Any]]
@@ -38,7 +38,7 @@ def fit_choices(
     by_name = {choice.layer: choice for choice in choices}
     fitted: dict[str, Factors] = {}
     for done, choice in enumerate(choices):
-        fmt = CoreFormat.parse(choice.format)
+        fmt = LayerFormat.parse(choice.format)
         key = (choice.layer, choice.spec, fmt)
         found = cache.get(key) if cache else None
         if found is None:

@@ -26,7 +26,7 @@ from edgec.contraction import core_shapes
 from edgec.errors import CheckpointError
 from edgec.fit import Core, Factors, contraction_of
 from edgec.outputs import staged_folder
-from edgec.quantize.formats import CoreFormat, QuantizedTensor, unpack_bits
+from edgec.quantize.formats import CoreFormat, LayerFormat, QuantizedTensor, unpack_bits
 from edgec.records import Choice, Plan, as_dict
 
 COMPRESSED_VERSION = 1
@@ -123,9 +123,10 @@ def read_factors(compressed: Compressed) -> dict[str, Factors]:
     factors = {}
     for choice in compressed.plan.choices:
         contraction = contraction_of(choice.spec, choice.shape, choice.role)
-        fmt = CoreFormat.parse(choice.format)
+        fmt = LayerFormat.parse(choice.format)
         found = {
-            name: read(f"{choice.layer}.cores.{name}", shape, fmt) for name, shape in core_shapes(contraction).items()
+            name: read(f"{choice.layer}.cores.{name}", shape, fmt.of(name))
+            for name, shape in core_shapes(contraction).items()
         }
         factors[choice.layer] = Factors(contraction, found)
     return factors

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from edgec import decompose
-from edgec.contraction import MatMul, quantisable
+from edgec.contraction import core_shapes, quantisable
 from edgec.fit import contraction_of
-from edgec.quantize.formats import CoreFormat
+from edgec.quantize.formats import CoreFormat, LayerFormat
 from edgec.records import Spec, Target
 
 RATIOS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -19,22 +19,22 @@ FALLBACK = CoreFormat(16)
 
 def candidates(
     targets: Sequence[Target], role: str, shape: tuple[int, int], *, incompressible: bool = False, tied: bool = False
-) -> list[tuple[Spec, CoreFormat]]:
+) -> list[tuple[Spec, LayerFormat]]:
     """Everything that at least one of the targets can execute fast for the layer, dense first; fp16 where nothing is.
 
     tied: the layer is the head of a tied pair.
     """
-    found = [(Spec("dense"), FALLBACK)]
+    found: list[tuple[Spec, LayerFormat]] = [(Spec("dense"), FALLBACK)]
     for target in targets:
         dense = target.embedding_formats if role == "embedding" or tied else target.dense_formats
-        found += [(Spec("dense"), CoreFormat.parse(name)) for name in dense]
+        found += [(Spec("dense"), LayerFormat.parse(name)) for name in dense]
         if role == "embedding" or incompressible:
             continue
         for kind in decompose.kinds():
             for ratio in RATIOS:
                 for spec in decompose.get(kind).suggest(*shape, ratio, target.rank_multiple):
                     if spec.kind != "dense":
-                        found += [(spec, CoreFormat.parse(name)) for name in target.factored_formats]
+                        found += [(spec, LayerFormat.parse(name)) for name in target.factored_formats]
     usable = [c for c in dict.fromkeys(found) if any(executable(t, role, shape, *c, tied=tied) for t in targets)]
     # Floats run no low-bit kernel: they are for layers that nothing else fits on one of the targets.
     floats = any(not any(c[1].quantised and executable(t, role, shape, *c, tied=tied) for c in usable) for t in targets)
@@ -42,19 +42,19 @@ def candidates(
 
 
 def executable(
-    target: Target, role: str, shape: tuple[int, int], spec: Spec, fmt: CoreFormat, *, tied: bool = False
+    target: Target, role: str, shape: tuple[int, int], spec: Spec, fmt: LayerFormat, *, tied: bool = False
 ) -> bool:
     """Can the target run this choice on its fast kernels, or, for floats, at all?"""
     if not fmt.quantised:
         return True
     if role == "embedding" or (tied and spec.kind == "dense"):
-        return str(fmt) in target.embedding_formats and shape[1] % fmt.block == 0
+        return str(fmt) in target.embedding_formats and shape[1] % fmt.of("weight").block == 0
     allowed = target.dense_formats if spec.kind == "dense" else target.factored_formats
     if str(fmt) not in allowed:
         return False
     contraction = contraction_of(spec, shape, role)
-    inner = [step.k for step in contraction.steps if isinstance(step, MatMul) and step.core in quantisable(contraction)]
-    return all(k >= fmt.block and k % target.k_multiple == 0 for k in inner) and all(
+    inner = {name: s[-1] for name, s in core_shapes(contraction).items() if name in quantisable(contraction)}
+    return all(k >= fmt.of(core).block and k % target.k_multiple == 0 for core, k in inner.items()) and all(
         rank % target.rank_multiple == 0 for rank in spec.ranks
     )
 

@@ -20,7 +20,7 @@ from edgec.errors import EdgecError, RecipeError
 from edgec.fit import stored_bytes
 from edgec.modeling import Layer
 from edgec.plan.planner import make_choice
-from edgec.quantize.formats import CoreFormat
+from edgec.quantize.formats import LayerFormat
 from edgec.records import PLAN_VERSION, Choice, Plan, Spec
 
 _MAX_DEPTH = 16
@@ -147,7 +147,7 @@ def _choice(where: str, entry: Mapping[str, Any], layer: Layer) -> Choice:
         raise RecipeError(f"{where}: unknown kind {entry['kind']!r}; known: {', '.join(decompose.kinds())}")
     spec = Spec(str(entry["kind"]), tuple(ranks), tuple((o, i) for o, i in modes))
     try:
-        fmt = CoreFormat.parse(str(entry["format"]))
+        fmt = LayerFormat.parse(str(entry["format"]))
         choice = make_choice(layer, spec, fmt)
     except EdgecError as error:
         raise RecipeError(f"{where}: {error}") from error

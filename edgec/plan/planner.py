@@ -19,7 +19,7 @@ from edgec.modeling import Layer
 from edgec.plan.allocation import Option, allocate, layer_items, pick
 from edgec.plan.budget import Budget
 from edgec.plan.candidates import FALLBACK, RATIOS, executable, uniform
-from edgec.quantize.formats import CoreFormat
+from edgec.quantize.formats import CoreFormat, LayerFormat
 from edgec.records import Choice, LayerProfile, Plan, Spec, Target
 
 logger = logging.getLogger(__name__)
@@ -77,7 +77,7 @@ def _offered(layer: LayerProfile, target: Target) -> list[Choice]:
     return [
         c
         for c in layer.candidates
-        if executable(target, c.role, c.shape, c.spec, CoreFormat.parse(c.format), tied=tied)
+        if executable(target, c.role, c.shape, c.spec, LayerFormat.parse(c.format), tied=tied)
         and not (layer.incompressible and c.spec.kind != "dense")
     ]
 
@@ -246,7 +246,7 @@ def _uniform_choices(layers: Sequence[Layer], target: Target, ratio: float, fmt:
         yield make_choice(layer, spec, own, shared=shared)
 
 
-def make_choice(layer: Layer, spec: Spec, fmt: CoreFormat, *, shared: bool = False) -> Choice:
+def make_choice(layer: Layer, spec: Spec, fmt: LayerFormat, *, shared: bool = False) -> Choice:
     """A Choice with its costs, before any numbers are looked at. shared: the tied table already counts the bytes."""
     return Choice(
         layer=layer.name,
@@ -272,7 +272,7 @@ def check_plan(plan: Plan, layers: Sequence[Layer], target: Target, fingerprint:
             raise PlanError(
                 f"layer {layer.name!r} is {layer.role} {layer.shape}, the plan says {choice.role} {choice.shape}"
             )
-        fmt = CoreFormat.parse(choice.format)
+        fmt = LayerFormat.parse(choice.format)
         try:
             contraction_of(choice.spec, choice.shape, choice.role)
         except PlanError as error:

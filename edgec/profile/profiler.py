@@ -22,12 +22,12 @@ from edgec.pooling import Pooling
 from edgec.profile.activations import Statistics, collect
 from edgec.profile.entropy import cut, looks_random, random_entropy, singular_values, von_neumann
 from edgec.profile.store import Profile
-from edgec.quantize.formats import CoreFormat
+from edgec.quantize.formats import CoreFormat, LayerFormat
 from edgec.records import Choice, LayerProfile, Spec
 
 logger = logging.getLogger(__name__)
 
-Candidates = Callable[[Layer, bool], Sequence[tuple[Spec, CoreFormat]]]
+Candidates = Callable[[Layer, bool], Sequence[tuple[Spec, LayerFormat]]]
 """(layer, incompressible) → specs and formats worth scoring."""
 
 Progress = Callable[[str, int, int], None]
@@ -122,7 +122,7 @@ class Scorer:
         self.moment = statistics.moment(layer.name)
         self.whole = self._squared(weight)
 
-    def score(self, candidates: Sequence[tuple[Spec, CoreFormat]]) -> list[Choice]:
+    def score(self, candidates: Sequence[tuple[Spec, LayerFormat]]) -> list[Choice]:
         """One Choice per candidate, in order.
 
         Trains that do not beat the low-rank form of their size are left out, and so, with a warning, are factored
@@ -144,7 +144,7 @@ class Scorer:
                 logger.warning("layer %r: %s in %s is left out: %s", self.layer.name, spec, fmt, error)
         return choices
 
-    def choice(self, spec: Spec, fmt: CoreFormat) -> Choice:
+    def choice(self, spec: Spec, fmt: LayerFormat) -> Choice:
         """Fit one candidate and score it."""
         factors = self.fit(spec, fmt)
         difference = self.weight - factors.dense()
@@ -161,7 +161,7 @@ class Scorer:
             loss=self.statistics.divergence(self.layer.name, difference),
         )
 
-    def fit(self, spec: Spec, fmt: CoreFormat) -> Factors:
+    def fit(self, spec: Spec, fmt: LayerFormat) -> Factors:
         key = (self.layer.name, spec, fmt)
         found = self.cache.get(key) if self.cache else None
         if found is None:

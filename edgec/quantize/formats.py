@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 import re
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -29,6 +30,9 @@ Array = NDArray[Any]
 FAST_BLOCKS = (16, 32, 64, 128, 256)
 """Block sizes with fast MatMulNBits kernels; 512 silently gave zeros (onnxruntime #28551)."""
 
+BACKBONE = "backbone"
+"""Name of the core that a layer's format may treat apart from the others."""
+
 _FLOATS = {"fp32": 4, "fp16": 2}
 _NAME = re.compile(r"int(2|4|8)-b(\d+)(-zp)?")
 _FP16_MAX = 65504.0
@@ -36,9 +40,39 @@ _FP16_NORMAL_MIN = 2.0**-14
 _FP32_NORMAL_MIN = 2.0**-126
 
 
+class LayerFormat(ABC):
+    """How the cores of one layer are stored, by name: a `CoreFormat` for all of them, or a `PairFormat`.
+
+    A mapping from core names to formats was turned down: every plan would have to spell it out, and nothing
+    but a backbone beside its correction has ever wanted two formats.
+    """
+
+    @classmethod
+    def parse(cls, name: str) -> LayerFormat:
+        """From "int8-b32" (every core) or "int2-b64+int8-b32" (the backbone, then every other). Raises PlanError."""
+        first, plus, second = name.partition("+")
+        backbone = CoreFormat.parse(first)
+        if not plus:
+            return backbone
+        others = CoreFormat.parse(second)
+        return backbone if others == backbone else PairFormat(backbone, others)
+
+    @abstractmethod
+    def of(self, core: str) -> CoreFormat:
+        """The format of the core called so (one that a low-bit kernel takes; others are floats in any case)."""
+
+    @property
+    @abstractmethod
+    def quantised(self) -> bool:
+        """Is any core stored in integers?"""
+
+
 @dataclass(frozen=True)
-class CoreFormat:
-    """How a core's numbers are stored. bits 32 or 16: plain floats; 2, 4, 8: integers with one scale per `block`."""
+class CoreFormat(LayerFormat):
+    """How a core's numbers are stored. bits 32 or 16: plain floats; 2, 4, 8: integers with one scale per `block`.
+
+    As a layer's format, it is that of every core.
+    """
 
     bits: int
     block: int = 0
@@ -62,6 +96,9 @@ class CoreFormat:
             return f"fp{self.bits}"
         return f"int{self.bits}-b{self.block}" + ("-zp" if self.zero_points else "")
 
+    def of(self, core: str) -> CoreFormat:
+        return self
+
     @property
     def quantised(self) -> bool:
         return self.block > 0
@@ -82,6 +119,24 @@ class CoreFormat:
         n, blocks = math.prod(rows), self.blocks(k)
         zero_points = n * -(-blocks * self.bits // 8) if self.zero_points else 0
         return n * blocks * (self.block * self.bits // 8 + 2) + zero_points
+
+
+@dataclass(frozen=True)
+class PairFormat(LayerFormat):
+    """`backbone` for the core of that name (`BACKBONE`), `others` for every other quantisable core."""
+
+    backbone: CoreFormat
+    others: CoreFormat
+
+    def __str__(self) -> str:
+        return f"{self.backbone}+{self.others}"
+
+    def of(self, core: str) -> CoreFormat:
+        return self.backbone if core == BACKBONE else self.others
+
+    @property
+    def quantised(self) -> bool:
+        return self.backbone.quantised or self.others.quantised
 
 
 @dataclass(frozen=True, eq=False)
