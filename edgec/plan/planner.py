@@ -1,31 +1,34 @@
 """Makes the Plan: from a profile under a budget, or from a constraint that bypasses the search.
 
 Whatever the allocation predicts, the plan that ships is the one that *measured* best on text the statistics did
-not see: the allocated plan and the best uniform plan of every kind are each tried end to end through the
-`evaluate` callback, so searching can never do worse than not searching.
+not see: the allocated plan, the best uniform plan of every kind and what `refine` makes of them are each tried end to
+end through the `evaluate` callback, so searching can never do worse than not searching.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Protocol
 
 from edgec.contraction import flops
-from edgec.errors import BudgetError, PlanError, UsageError
+from edgec.errors import PlanError, UsageError
 from edgec.fit import contraction_of, stored_bytes
 from edgec.modeling import Layer
-from edgec.plan.allocation import Option, allocate, layer_items, pick
+from edgec.plan.anneal import anneal
 from edgec.plan.budget import Budget
-from edgec.plan.candidates import FALLBACK, RATIOS, executable, uniform
+from edgec.plan.candidates import FALLBACK, executable, uniform
+from edgec.plan.corrections import Groups, block_of, learn
+from edgec.plan.latency import Pace
+from edgec.plan.offer import Offer, uniform_rivals
+from edgec.plan.offer import Sizes as Sizes
+from edgec.plan.refine import Evaluate as Evaluate
+from edgec.plan.refine import Found, Ledger, Progress, Search, refine
 from edgec.quantize.formats import CoreFormat, LayerFormat
 from edgec.records import Choice, LayerProfile, Plan, Spec, Target
 
-logger = logging.getLogger(__name__)
-
-Evaluate = Callable[[list[Choice]], float]
-"""Measured end-to-end loss of the choices applied to the model, on text that did not calibrate."""
+_SHARE_OF_A_RIVAL = 4
+"""A structurally different finalist is refined with this fraction of the evaluations that the mix has."""
 
 
 class Profiled(Protocol):
@@ -37,154 +40,145 @@ class Profiled(Protocol):
     def layers(self) -> Sequence[LayerProfile]: ...
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """What a budget is counted against. parameters: distinct ones of the checkpoint. other_bytes: what ships in
-    the model file beside the planned layers. runtime_files: tokenizer and configuration beside the model file
-    [bytes].
-    """
-
-    parameters: int
-    other_bytes: int
-    runtime_files: int = 0
-
-
 def plan_to_budget(
-    profile: Profiled, target: Target, budget: Budget, sizes: Sizes, evaluate: Evaluate | None = None
+    profile: Profiled,
+    target: Target,
+    budget: Budget,
+    sizes: Sizes,
+    evaluate: Evaluate | None = None,
+    search: Search | None = None,
+    *,
+    confirm: Evaluate | None = None,
+    pace: Pace | None = None,
+    progress: Progress | None = None,
 ) -> Plan:
-    """The best measured plan within the budget. Raises BudgetError naming the floor when there is none."""
-    choices = {p.name: _offered(p, target) for p in profile.layers}
-    tied = [(p.name, p.tied_to) for p in profile.layers if p.tied_to]
-    plans = [("allocated", _allocate(choices, tied, budget, sizes))]
-    notes = [
+    """The best measured plan within the budget; without `evaluate`, the best predicted one.
+
+    confirm: loss on a second held-out text, for `Search("anneal")`. pace: milliseconds as a second objective. Raises
+    BudgetError naming the floor when no plan fits.
+    """
+    offer = Offer.of(profile.layers, target, budget, sizes, pace)
+    if evaluate is None:
+        return plan_of(profile, target, str(budget), sizes, offer.allocate())
+    search = search or Search()
+    if search.method == "anneal" and confirm is None:
+        raise PlanError("an annealed plan is kept only if a second text confirms it; give `confirm`")
+    ledger = Ledger(evaluate, _penalty(pace))
+    found = refine(offer, _starts(offer, target), ledger, search, progress)
+    notes = _search_notes(found, search)
+    if search.method == "anneal" and confirm is not None:
+        found, note = anneal(offer, found, ledger, search, confirm, progress)
+        notes.append(note)
+    return plan_of(profile, target, str(budget), sizes, found.choices, notes)
+
+
+def plan_of(
+    profile: Profiled, target: Target, budget: str, sizes: Sizes, choices: Iterable[Choice], notes: Sequence[str] = ()
+) -> Plan:
+    """The record of a finished choice, its layers in the model's order; notes on how it was found come last."""
+    by_name = {c.layer: c for c in choices}
+    ordered = tuple(by_name[p.name] for p in profile.layers if p.name in by_name)
+    kept = [
         f"{p.name}: incompressible (spectrum of a random matrix), kept dense"
         for p in profile.layers
         if p.incompressible
     ]
-    if evaluate is not None:
-        plans += _uniform_rivals(choices, tied, target, budget, sizes)
-        name, chosen, measured = pick(plans, evaluate)
-        notes.append("measured loss: " + ", ".join(f"{n} {v:.3g}" for n, v in measured.items()) + f"; chosen: {name}")
-    else:
-        chosen = plans[0][1]
-    return Plan(
-        profile.fingerprint, target.name, str(budget), _ordered(chosen, profile), sizes.other_bytes, tuple(notes)
+    plan = Plan(profile.fingerprint, target.name, budget, ordered, sizes.other_bytes)
+    return replace(plan, notes=(*kept, *protection_note(plan), *notes))
+
+
+def protection_note(plan: Plan) -> tuple[str, ...]:
+    """How many bits the first, the last and the other blocks got: an outcome of the search, not a rule. One sentence;
+    none for fewer than three blocks.
+    """
+    spent: dict[int, tuple[int, int]] = {}
+    for choice in plan.choices:
+        block = block_of(choice.layer)
+        if choice.role == "linear" and block is not None:
+            size, parameters = spent.get(block, (0, 0))
+            spent[block] = (size + choice.bytes, parameters + choice.shape[0] * choice.shape[1])
+    if len(spent) < 3:
+        return ()
+
+    def bits(blocks: Sequence[int]) -> float:
+        return 8 * sum(spent[b][0] for b in blocks) / sum(spent[b][1] for b in blocks)
+
+    first, *between, last = sorted(spent)
+    return (
+        f"bits per weight: first block {bits([first]):.2f}, last block {bits([last]):.2f}, "
+        f"the others {bits(between):.2f}",
     )
 
 
-def _offered(layer: LayerProfile, target: Target) -> list[Choice]:
-    tied = layer.tied_to is not None
-    return [
-        c
-        for c in layer.candidates
-        if executable(target, c.role, c.shape, c.spec, LayerFormat.parse(c.format), tied=tied)
-        and not (layer.incompressible and c.spec.kind != "dense")
-    ]
-
-
-def _allocate(
-    choices: dict[str, list[Choice]], tied: Sequence[tuple[str, str]], budget: Budget, sizes: Sizes
-) -> list[Choice]:
-    if budget.kind == "linear":
-        linears = [c for c in choices.values() if c and c[0].role == "linear"]
-        parameters = sum(c[0].shape[0] * c[0].shape[1] for c in linears)
-        items = layer_items(linears)
-        if (floor := _smallest(items)) > budget.linear_bytes(parameters):
-            raise BudgetError(
-                f"budget {budget} is below the floor of this model: its block linears need "
-                f"{floor / 1e6:.2f} MB at their smallest. Raise it to --budget {budget.raised_to(floor, parameters)}"
-            )
-        return allocate(items, budget.linear_bytes(parameters)) + _at_int8(choices, tied)
-    items = layer_items(list(choices.values()), tied)
-    left = budget.model_bytes(sizes.parameters, sizes.runtime_files) - sizes.other_bytes
-    if (floor := _smallest(items)) > left:
-        # The graph is an estimate until it is written: a tenth on top, so that what is named here is enough.
-        wanted = budget.raised_to(floor + 1.1 * sizes.other_bytes, sizes.parameters, sizes.runtime_files)
-        beside = f" and {sizes.runtime_files / 1e6:.2f} MB of files beside it" if budget.kind == "size" else ""
-        raise BudgetError(
-            f"budget {budget} is below the floor of this model: {floor / 1e6:.2f} MB with every layer "
-            f"at its smallest, {sizes.other_bytes / 1e6:.2f} MB of norms, biases and graph{beside}. Raise it to "
-            f"--budget {wanted}"
-        )
-    return allocate(items, left)
-
-
-def _smallest(items: Sequence[Sequence[Option]]) -> int:
-    return sum(min(option.bytes for option in options) for options in items)
-
-
-def _at_int8(choices: dict[str, list[Choice]], tied: Sequence[tuple[str, str]]) -> list[Choice]:
-    """Embeddings and head at int8, as figures on linears keep them: the best 8-bit format that the target has, else
-    the best of all.
-    """
-    heads = {head for head, _ in tied}
-    found = []
-    for name, offered in choices.items():
-        dense = [c for c in offered if c.spec.kind == "dense" and c.role != "linear"]
-        if not dense:
-            continue
-        eight = [c for c in dense if CoreFormat.parse(c.format).bits == 8] or dense
-        best = min(eight, key=lambda c: (c.loss if c.loss is not None else c.error or 0.0, c.bytes))
-        found.append(replace(best, bytes=0) if name in heads else best)
-    by_name = {c.layer: c for c in found}
-    for head, table in tied:  # one shared table: the head follows the embedding
-        by_name[head] = replace(by_name[head], format=by_name[table].format)
-    return list(by_name.values())
-
-
-def _uniform_rivals(
-    choices: dict[str, list[Choice]], tied: Sequence[tuple[str, str]], target: Target, budget: Budget, sizes: Sizes
-) -> list[tuple[str, list[Choice]]]:
-    """The best feasible uniform plan of every kind by predicted loss: dense at one format, low rank at one ratio and
-    format.
-    """
-    best: dict[str, tuple[float, str, list[Choice]]] = {}
-    variants: list[tuple[str, float, str]] = [("dense", 1.0, f) for f in target.dense_formats]
-    variants += [("svd " + f, ratio, f) for f in target.factored_formats for ratio in RATIOS]
-    for family, ratio, fmt in variants:
-        try:
-            plan = _restricted(choices, tied, target, budget, sizes, ratio, fmt)
-        except PlanError:  # over budget, or not executable for some layer: not a rival
-            continue
-        predicted = sum(Option((c,)).loss for c in plan)
-        if family not in best or predicted < best[family][0]:
-            best[family] = (predicted, f"uniform {ratio:g} {fmt}" if ratio < 1 else f"uniform {fmt}", plan)
-    return [(name, plan) for _, name, plan in best.values()]
-
-
-def _restricted(
-    choices: dict[str, list[Choice]],
-    tied: Sequence[tuple[str, str]],
+def finalists(
+    profile: Profiled,
     target: Target,
     budget: Budget,
     sizes: Sizes,
-    ratio: float,
-    fmt: str,
-) -> list[Choice]:
-    """The plan whose every block linear has this one form, everything else allocated as usual."""
-    fixed: dict[str, list[Choice]] = {}
-    linears = matched = 0
-    for name, offered in choices.items():
-        if not offered or offered[0].role != "linear":
-            fixed[name] = offered
+    evaluate: Evaluate,
+    search: Search | None = None,
+    *,
+    pace: Pace | None = None,
+    progress: Progress | None = None,
+) -> list[tuple[str, list[Choice], float]]:
+    """(name, choices, measured loss) of the best plan and of the best ones of another structure, best first.
+
+    "mix" is the refined plan. "factored", "dense" and "residual" restrict the block linears to these forms wherever
+    there is one, and are left out where the mix already is one or nothing of that structure fits. Healing may
+    reverse their order: factors have more to learn than rounding has. Raises BudgetError and PlanError like
+    `plan_to_budget`.
+    """
+    search = search or Search()
+    offer = Offer.of(profile.layers, target, budget, sizes, pace)
+    ledger = Ledger(evaluate, _penalty(pace))
+    mix = refine(offer, _starts(offer, target), ledger, search, progress)
+    found = [("mix", mix.choices, mix.loss)]
+    less = replace(search, evaluations=max(1, search.evaluations // _SHARE_OF_A_RIVAL))
+    for name, keep in _STRUCTURES.items():
+        restricted = offer.linears_only(keep)
+        if not any(keep(c) for offered in offer.choices.values() for c in offered if c.role == "linear"):
             continue
-        spec = uniform(offered[0].shape, ratio, target.rank_multiple)
-        exact = [c for c in offered if c.spec == spec and c.format == fmt]
-        dense = {c.format: c for c in offered if c.spec.kind == "dense"}
-        stand_in = dense.get(fmt) or dense.get(str(FALLBACK))
-        if not exact and stand_in is None:
-            raise PlanError(f"layer {name!r} has no form in {fmt}")
-        fixed[name] = exact or [c for c in (stand_in,) if c is not None]
-        linears += 1
-        matched += bool(exact)
-    if 2 * matched < linears:
-        raise PlanError(f"only {matched} of {linears} layers can be {ratio:g} of their parameters in {fmt}")
-    return _allocate(fixed, tied, budget, sizes)
+        allowed = {(c.layer, c.spec, c.format) for offered in restricted.choices.values() for c in offered}
+        if all((c.layer, c.spec, c.format) in allowed for c in mix.choices if c.role == "linear"):
+            continue
+        corrections = learn(Groups.of_layers(list(offer.choices)), ledger.records)
+        try:
+            starts = [(name, restricted.allocate(corrections))]
+            best = refine(restricted, starts, ledger, less, progress)
+        except PlanError:  # below this structure's floor, or broken by it: not a finalist
+            continue
+        found.append((name, best.choices, best.loss))
+    return sorted(found, key=lambda entry: entry[2])
 
 
-def _ordered(choices: Iterable[Choice], profile: Profiled) -> tuple[Choice, ...]:
-    by_name = {c.layer: c for c in choices}
-    return tuple(by_name[p.name] for p in profile.layers if p.name in by_name)
+_STRUCTURES = {
+    "factored": lambda c: c.spec.kind not in ("dense", "residual"),
+    "dense": lambda c: c.spec.kind == "dense",
+    "residual": lambda c: c.spec.kind == "residual",
+}
+
+
+def _starts(offer: Offer, target: Target) -> list[tuple[str, list[Choice]]]:
+    rivals = [(name, plan) for name, plan in uniform_rivals(offer, target) if offer.fits(plan)]
+    return [("allocated", offer.allocate()), *rivals]
+
+
+def _penalty(pace: Pace | None) -> Callable[[Sequence[Choice]], float]:
+    if pace is None:
+        return lambda choices: 0.0
+    return lambda choices: pace.weight * pace.of(choices)
+
+
+def _search_notes(found: Found, search: Search) -> list[str]:
+    notes = []
+    if search.method != "none":
+        gain = f"{100 * (1 - found.loss / found.before):.1f} % lower" if found.loss < found.before else "no lower"
+        notes.append(
+            f"search: {found.evaluations} plans measured; the best has {found.loss:.3g}, {gain} than the best of the "
+            f"allocated and uniform plans ({found.before:.3g})"
+        )
+    named = ", ".join(f"{name} {loss:.3g}" for name, loss in found.named.items())
+    return [*notes, f"measured loss: {named}; chosen: {found.name}"]
 
 
 def constrained_plan(

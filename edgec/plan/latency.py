@@ -1,0 +1,135 @@
+"""Milliseconds of a choice on a target, from a cost model fitted to a micro-benchmark of that target's runtime.
+
+Three things take time in a low-bit matmul: reading the core (decode is bound by it), multiplying (prefill is), and
+being a node at all (many small cores are). Their prices are the non-negative least-squares solution (Lawson & Hanson
+1974, ch. 23) over measured shapes, so that no price is negative where shapes are collinear; rows of the system are
+divided by what was measured, so that small matmuls count as much as large ones. Counting FLOPs alone was turned
+down: it makes a train of tiny cores look free, and prefill and decode look alike.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.optimize import nnls
+
+from edgec.contraction import BlockMatMul, Contraction, Gather, MatMul, Reshape, Step, Sum, infer_shape
+from edgec.errors import PlanError
+from edgec.fit import contraction_of
+from edgec.quantize.formats import CoreFormat, LayerFormat
+from edgec.records import Choice
+
+Sample = tuple[int, int, int, int, int, float]
+"""(n, k, bits, block, rows, ms): one matmul x [rows, k] → [rows, n] with a core [n, k] of that format. bits 32: floats
+(block 0).
+"""
+
+DECODE_ROWS, PREFILL_ROWS = 1, 128
+"""Rows of x when a token is generated, and when a prompt (a sentence, for encoders) is read."""
+
+_SMALLEST_MS = 1e-6
+
+
+@dataclass(frozen=True)
+class Prices:
+    """At one number of rows: byte [ms per stored byte], flop: bits → [ms per multiply-add × 2], node [ms]."""
+
+    byte: float
+    flop: Mapping[int, float]
+    node: float
+
+    def matmul(self, n: int, k: int, fmt: CoreFormat, rows: int) -> float:
+        nearest = min(self.flop, key=lambda bits: (abs(math.log2(bits / fmt.bits)), bits))
+        return self.byte * fmt.stored_bytes((n, k)) + self.flop[nearest] * 2.0 * rows * n * k + self.node
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """rows → prices. misfit: median relative error of the samples themselves."""
+
+    prices: Mapping[int, Prices]
+    misfit: float
+
+    def matmul(self, n: int, k: int, fmt: CoreFormat, rows: int) -> float:
+        """Predicted ms of one matmul; between measured numbers of rows, geometric interpolation."""
+        known = sorted(self.prices)
+        below = max((r for r in known if r <= rows), default=known[0])
+        above = min((r for r in known if r >= rows), default=known[-1])
+        if below == above:  # beyond the last ones, the multiplications still count
+            return self.prices[below].matmul(n, k, fmt, rows)
+        low, high = (max(self.prices[r].matmul(n, k, fmt, r), _SMALLEST_MS) for r in (below, above))
+        weight = math.log(rows / below) / math.log(above / below)
+        return math.exp((1 - weight) * math.log(low) + weight * math.log(high))
+
+    def contraction(self, contraction: Contraction, fmt: LayerFormat, rows: int) -> float:
+        """Predicted ms of a whole layer for x [rows, in]."""
+        return self._steps(contraction.steps, contraction.start, fmt, rows)
+
+    def _steps(self, steps: Sequence[Step], trailing: tuple[int, ...], fmt: LayerFormat, rows: int) -> float:
+        total, node = 0.0, self.prices[min(self.prices)].node
+        for step in steps:
+            match step:
+                case MatMul(core, n, k):
+                    total += self.matmul(n, k, fmt.of(core), rows * math.prod(trailing[:-1]))
+                case BlockMatMul(_, g, b):
+                    total += 2 * node + self.matmul(g * b, b, CoreFormat(32), rows)
+                case Sum(branches):
+                    total += sum(self._steps(branch, trailing, fmt, rows) for branch in branches)
+                    total += node * (len(branches) - 1)
+                case Gather() | Reshape():
+                    total += node
+                case _:  # one node that touches every element once
+                    total += node + self.prices[min(self.prices)].byte * 8 * rows * math.prod(trailing)
+            trailing = infer_shape((step,), trailing)
+        return total
+
+    def choice(self, choice: Choice, rows: int = DECODE_ROWS) -> float:
+        """Predicted ms of a plan's choice; a table is looked up, which costs a node."""
+        contraction = contraction_of(choice.spec, choice.shape, choice.role)
+        return self.contraction(contraction, LayerFormat.parse(choice.format), rows)
+
+
+def fit_costs(samples: Sequence[Sample]) -> CostModel:
+    """Prices from a micro-benchmark. Raises PlanError when there are too few samples to tell prices apart."""
+    usable = [s for s in samples if s[5] > 0 and math.isfinite(s[5])]
+    by_rows: dict[int, list[Sample]] = {}
+    for sample in usable:
+        by_rows.setdefault(sample[4], []).append(sample)
+    prices, misfits = {}, []
+    for rows, group in sorted(by_rows.items()):
+        bits = sorted({s[2] for s in group})
+        if len(group) < len(bits) + 2:
+            raise PlanError(
+                f"{len(group)} timings at {rows} rows cannot give {len(bits) + 2} prices; measure more shapes"
+            )
+        system = np.array(
+            [
+                [CoreFormat(b, block).stored_bytes((n, k)), *(2.0 * rows * n * k * (b == own) for own in bits), 1.0]
+                for n, k, b, block, _, _ in group
+            ]
+        ) / np.array([s[5] for s in group])[:, None]
+        scale = system.max(0)
+        found = nnls(system / scale, np.ones(len(group)))[0] / scale
+        prices[rows] = Prices(float(found[0]), dict(zip(bits, map(float, found[1:-1]), strict=True)), float(found[-1]))
+        misfits += list(np.abs(system @ found - 1))
+    if not prices:
+        raise PlanError("no timing of the runtime is usable; run the micro-benchmark again")
+    return CostModel(prices, float(np.median(misfits)))
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Time as a second objective. ms: predicted milliseconds of a choice. weight: loss that one millisecond is worth.
+    cap: most milliseconds of all planned layers together, or None.
+    """
+
+    ms: Callable[[Choice], float]
+    weight: float = 0.0
+    cap: float | None = None
+
+    def of(self, choices: Sequence[Choice]) -> float:
+        """Milliseconds of a plan's layers."""
+        return sum(map(self.ms, choices))
