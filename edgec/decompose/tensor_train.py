@@ -25,10 +25,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.linalg import cho_solve, eigh, solve_triangular
+from scipy.linalg import solve_triangular
 
 from edgec.contraction import Contraction, MatMul, Reshape, Step, Transpose
-from edgec.decompose import Finish
+from edgec.decompose import Finish, _randomised
+from edgec.decompose._metric import MAX_STATE, marginal, refit, ridged, right_singular
 from edgec.errors import NumericsError, PlanError
 from edgec.moments import SecondMoment
 from edgec.records import Spec
@@ -36,15 +37,6 @@ from edgec.records import Spec
 PLUGIN = True
 
 Array = NDArray[Any]
-
-MAX_STATE = 4096
-"""Widest intermediate whose full second moment is carried [count]; wider ones go on unweighted."""
-
-_RIDGE = 1e-6
-"""Share of the mean diagonal added to H, pulling the re-fit towards W itself where the activations say nothing."""
-
-_ZERO = 1e-10
-"""Share of the largest squared singular value below which one counts as zero: division by it would be noise."""
 
 _DOUBLE_UP_TO = 1024
 """Smaller side up to which an unwhitened weight is decomposed in float64 [count]; larger ones in float32."""
@@ -123,7 +115,7 @@ def factorize(weight: Array, spec: Spec, moment: SecondMoment | None, finish: Fi
         raise NumericsError("the weight holds NaN or Inf")
     ranks = (1, *spec.ranks, 1)
     remainder: Array = np.asarray(weight, dtype=np.float64 if min(out, in_) <= _DOUBLE_UP_TO else np.float32)
-    h: Array | None = None if moment is None or moment.width > MAX_STATE else _ridged(moment.matrix)
+    h: Array | None = None if moment is None or moment.width > MAX_STATE else ridged(moment.matrix)
     for k in range(len(spec.modes), 1, -1):
         o, i = spec.modes[k - 1]
         s = i * ranks[k]
@@ -133,23 +125,9 @@ def factorize(weight: Array, spec: Spec, moment: SecondMoment | None, finish: Fi
             _FIRST_BOND.get(weight, moment, m, h, ranks[k - 1]) if k == len(spec.modes) else _bond(m, h, ranks[k - 1])
         )
         core = core.transpose(1, 0, 2).reshape(o * ranks[k - 1], s)
-        seen = np.asarray(finish(f"core{k}", core, _marginal(h, left_in, s)), dtype=remainder.dtype)
-        remainder, h = _refit(m, h, seen.reshape(o, ranks[k - 1], s))
+        seen = np.asarray(finish(f"core{k}", core, marginal(h, left_in, s)), dtype=remainder.dtype)
+        remainder, h = refit(m, h, seen.reshape(o, ranks[k - 1], s))
     finish("core1", remainder, None if h is None else SecondMoment(h))
-
-
-def _ridged(h: Array) -> Array:
-    ridged = np.array(h, dtype=np.float64)
-    mean = float(np.trace(ridged)) / len(ridged)
-    ridged[np.diag_indices_from(ridged)] += _RIDGE * mean if mean > 0 else 1.0
-    return ridged
-
-
-def _marginal(h: Array | None, left: int, right: int) -> SecondMoment | None:
-    """Second moment of the last `right` entries of a state [left, right], averaged over the left index."""
-    if h is None:
-        return None
-    return SecondMoment(np.einsum("asat->st", h.reshape(left, right, left, right)) / left)
 
 
 def _bond(m: Array, h: Array | None, rank: int) -> Array:
@@ -167,94 +145,38 @@ def _bond(m: Array, h: Array | None, rank: int) -> Array:
         if left > 1:
             root_left = SecondMoment(np.einsum("asbs->ab", h4) / s).root
             white = np.einsum("oixs,xa->oias", white, root_left)
-    rows = _right_singular(white.transpose(0, 2, 1, 3).reshape(outs * left, o * s), rank).T
+    rows = right_singular(white.transpose(0, 2, 1, 3).reshape(outs * left, o * s), rank).T
     if root is not None:  # back from whitened coordinates: rows · root⁻¹
         rows = solve_triangular(root, rows.reshape(-1, s).T, trans="T", lower=True, check_finite=False).T
     return np.asarray(rows.reshape(rank, o, s), dtype=m.dtype)
 
 
 class _FirstBond:
-    """Remembers the full first bond of the last weight: scoring tries one weight at many ranks and formats, and
-    the leading rows of one decomposition serve them all. Keyed by identity, holding what it is keyed by.
+    """Remembers the first bond of the last weight: scoring tries one weight at many ranks and formats, and the leading
+    rows of one whole decomposition serve them all. A randomised one has no more rows than were asked for, so each rank
+    keeps its own: what a fit gives must not depend on what was fitted before it. Keyed by identity, holding what it
+    is keyed by.
     """
 
     def __init__(self) -> None:
         self._key: tuple[Any, ...] = ()
-        self._full: Array | None = None
+        self._rows: dict[int, Array] = {}
 
     def get(self, weight: Array, moment: SecondMoment | None, m: Array, h: Array | None, rank: int) -> Array:
+        if moment is None:  # a plain fit tries one rank; the whole decomposition would be wasted
+            return _bond(m, h, rank)
         same = len(self._key) == 3 and self._key[0] is weight and self._key[1] is moment and self._key[2] == m.shape
-        if not same or self._full is None:
-            outs, o, left, s = m.shape
-            if moment is None:  # a plain fit tries one rank; the whole decomposition would be wasted
-                return _bond(m, h, rank)
-            self._full = _bond(m, h, min(outs * left, o * s))
-            self._key = (weight, moment, m.shape)
-        return self._full[:rank]
+        if not same:
+            self._key, self._rows = (weight, moment, m.shape), {}
+        outs, o, left, s = m.shape
+        sides = (outs * left, o * s)
+        kept = rank if _randomised.worthwhile(sides, rank) else min(sides)
+        if kept not in self._rows:
+            self._rows[kept] = _bond(m, h, kept)
+        return self._rows[kept][:rank]
 
 
 _FIRST_BOND = _FirstBond()
-
-
-def _right_singular(matrix: Array, rank: int) -> Array:
-    """Leading right singular vectors [cols, rank], orthonormal, largest first, through the smaller Gram matrix."""
-    rows, cols = matrix.shape
-    if cols <= rows:
-        return np.asarray(_eigh(matrix.T @ matrix, rank)[1])
-    values, left = _eigh(matrix @ matrix.T, rank)
-    vectors = matrix.T @ left
-    if values[-1] > _ZERO * values[0]:
-        return np.asarray(vectors / np.sqrt(values))
-    # Vectors of numerically zero singular values must be orthogonal to the others too; signs are kept for
-    # repeatability.
-    vectors, upper = np.linalg.qr(vectors)
-    return np.asarray(vectors * np.where(np.diag(upper) < 0, -1, 1).astype(vectors.dtype))
-
-
-def _eigh(gram: Array, rank: int) -> tuple[Array, Array]:
-    """Leading eigenpairs of a symmetric matrix, largest first. Falls back to another LAPACK driver."""
-    for driver in ("evd", "evr"):
-        try:
-            values, vectors = eigh(gram, driver=driver, check_finite=False)
-        except np.linalg.LinAlgError:
-            continue
-        return values[::-1][:rank], vectors[:, ::-1][:, :rank]
-    raise NumericsError("the eigendecomposition of the unfolding did not converge")
-
-
-def _refit(m: Array, h: Array | None, core: Array) -> tuple[Array, Array | None]:
-    """Best remainder [O, I·χ] given core [o, χ, s] as the runtime sees it, and the second moment of the new state.
-
-    Minimises Σ_o ‖m_o − R P_o‖²_h over R, where P_o = 1_I ⊗ core_o: R S = C with S = Σ P_o h P_oᵀ, C = Σ m_o h P_oᵀ.
-    """
-    outs, o, left, s = m.shape
-    rank = core.shape[1]
-    if h is None:
-        gram = np.tensordot(core, core, axes=([0, 2], [0, 2]))  # tensordot, because einsum would not call BLAS
-        right = np.tensordot(m, core, axes=([1, 3], [0, 2])).reshape(-1, rank)
-        return _solve(gram, right).reshape(outs, left * rank), None
-    second = np.zeros((left * rank, left * rank))
-    cross = np.zeros((outs, left * rank))
-    for index in range(o):
-        half = (h.reshape(-1, s) @ core[index].T).reshape(left * s, left * rank)  # h P_oᵀ
-        cross += m[:, index].reshape(outs, -1) @ half
-        second += (core[index] @ half.reshape(left, s, left * rank)).reshape(left * rank, left * rank)
-    remainder = _solve(second, cross)
-    return remainder, second if len(second) <= MAX_STATE else None
-
-
-def _solve(gram: Array, right: Array) -> Array:
-    """X with X gram = right for a symmetric positive semi-definite gram; directions without weight get none."""
-    scale = np.sqrt(np.maximum(np.diag(gram), np.finfo(gram.dtype).tiny))
-    normal = gram / np.outer(scale, scale)
-    for ridge in (1e-12, 1e-9, 1e-6, 1e-3):
-        damped = normal + ridge * np.eye(len(normal), dtype=normal.dtype)
-        try:
-            factor = np.linalg.cholesky(damped)
-        except np.linalg.LinAlgError:
-            continue
-        return np.asarray(cho_solve((factor, True), (right / scale).T, check_finite=False).T / scale)
-    raise NumericsError("the re-fit of a remainder to its quantised core is singular")
 
 
 def suggest(out: int, in_: int, ratio: float, multiple: int) -> list[Spec]:
