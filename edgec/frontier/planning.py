@@ -1,0 +1,67 @@
+"""edgec's own contestants: for each budget, the plan that the pipeline would ship, fitted."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from edgec.compress.apply import fit_choices
+from edgec.fit import Factors
+from edgec.pipeline import Progress
+from edgec.plan.budget import parse_budget
+from edgec.plan.planner import Sizes, plan_to_budget
+from edgec.profile.store import Profile
+from edgec.records import Choice, Target
+from edgec.workspace import Workspace
+
+
+@dataclass(frozen=True, eq=False)
+class Planned:
+    """The answer to one budget: factors of every block linear, their stored bytes, and what the layers became."""
+
+    name: str
+    factors: Mapping[str, Factors]
+    linear_bytes: int
+    form: str
+
+
+class Planner(Protocol):
+    """budget text ("4bpw-linear") → plan and factors. Raises BudgetError below the floor."""
+
+    def __call__(self, budget: str) -> Planned: ...
+
+
+def pipeline_planner(workspace: Workspace, target: Target, found: Profile, progress: Progress) -> Planner:
+    """Allocated, tried end to end on text of its own, the best one fitted."""
+
+    def fitted(choices: Sequence[Choice]) -> dict[str, Factors]:
+        return fit_choices(choices, workspace.weight, workspace.layers, found.statistics.moment, workspace.cache)
+
+    def plan(budget: str) -> Planned:
+        tried = 0
+
+        def evaluate(choices: list[Choice]) -> float:
+            nonlocal tried
+            tried += 1
+            progress(f"planning {budget}", tried - 1, tried)
+            with workspace.substituted(fitted(choices)) as model:
+                return workspace.divergence(model, workspace.search_batches)
+
+        sizes = Sizes(workspace.checkpoint.parameters, other_bytes=0)  # a budget on linears counts nothing else
+        made = plan_to_budget(found, target, parse_budget(budget), sizes, evaluate)
+        progress(f"planning {budget}", tried, tried)
+        linears = [c for c in made.choices if c.role == "linear"]
+        factors = fitted(linears)
+        size = sum(fitted.stored_bytes for fitted in factors.values())
+        return Planned(f"edgec {budget}", factors, size, mixture(f"{c.spec.kind} {c.format}" for c in linears))
+
+    return plan
+
+
+def mixture(forms: Iterable[str]) -> str:
+    """"24× svd int4-b32, 12× dense int4-b64", most frequent first."""
+    counts = Counter(forms)
+    shown = [f"{count}× {form}" for form, count in sorted(counts.items(), key=lambda item: (-item[1], item[0]))]
+    return ", ".join(shown[:4]) + (f", {len(shown) - 4} more" if len(shown) > 4 else "")
