@@ -401,6 +401,50 @@ def doctor(as_json: Json = False) -> None:
         raise typer.Exit(1)
 
 
+@app.command()
+def frontier(
+    model: Model,
+    target: TargetOption = "onnx-x64",
+    bits: Annotated[str, typer.Option(help="budgets to sweep, bits per weight of the block linears")] = "5,4,3,2.5,2",
+    output: Annotated[Path, typer.Option("--out", "-o", help="folder to write")] = Path("frontier-out"),
+    calibration: Calibration = None,
+    sts: Annotated[Path | None, typer.Option(help="encoders: STS-Benchmark file that quality is measured on")] = None,
+    eval_text: Annotated[
+        Path | None, typer.Option(help="held-out text to measure on; default: a part of the calibration text")
+    ] = None,
+    peers: Annotated[str, typer.Option(help="all, none, or some: rtn,gptq,svd,svd_llm,tt,ggml")] = "all",
+    heal: Annotated[str, typer.Option(help="off")] = "off",
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Sweep budgets and measure edgec's plans beside every other method, on the same layers and text.
+
+    Writes the table (frontier.md), the plot (frontier.svg, frontier.html) and every number (frontier.json).
+
+    [dim]edgec frontier ./all-MiniLM-L6-v2 --bits 4,3,2 --calibration train.txt --sts sts-dev.csv[/dim]
+    """
+    from edgec import frontier as room
+    from edgec.peers import chosen
+    from edgec.report.frontier_tables import to_json
+
+    request = room.FrontierRequest(
+        model=model,
+        target=target,
+        bits=room.parse_bits(bits),
+        calibration=calibration,
+        sts=sts,
+        eval_text=eval_text,
+        peers=chosen(peers),
+        heal=heal,
+    )
+    with console.progress() as bars:
+        found = room.run_and_write(request, output, bars, force=force)
+    if as_json:
+        print(to_json(found, indent=None), end="")
+    else:
+        console.print_frontier(out, found, output)
+
+
 def _peak_rss() -> int:
     """Peak resident memory of this process [bytes]."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

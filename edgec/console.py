@@ -268,6 +268,14 @@ def machine() -> dict[str, str]:
     return {**{k: str(v) for k, v in open_device("local").describe().items()}, "python": platform.python_version()}
 
 
+def print_frontier(out: Console, found: Any, folder: Path) -> None:
+    from edgec.report.frontier_tables import terminal_tables
+
+    for shown in terminal_tables(found):
+        out.print(shown)
+    line(out, f"wrote {folder}: frontier.md, frontier.svg, frontier.html, frontier.json")
+
+
 def print_inspection(out: Console, found: Any) -> None:
     from edgec.report import plan_table
 

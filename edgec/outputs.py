@@ -68,7 +68,7 @@ def check_free(out: Path, *, force: bool) -> None:
             )
 
 
-OWN_MARKERS = ("edgec.json", "profile.json")
+OWN_MARKERS = ("edgec.json", "profile.json", "frontier.json")
 """Files by which a folder is known as edgec's own."""
 
 
