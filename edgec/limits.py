@@ -46,3 +46,9 @@ BASELINE_TIMEOUT_S = 3600
 
 MAX_TOOL_OUTPUT_BYTES = 64 * 1024 * 1024
 """Most output taken from another tool [bytes]; model builders log every node."""
+
+MAX_HIDDEN_BYTES = 512 * 1024 * 1024
+"""Hidden states between two transformer blocks that are kept in memory [bytes]; the rest goes to a temporary file."""
+
+SHARD_BYTES = 256 * 1024 * 1024
+"""Tensors that are gathered before a weight file is written [bytes]; a larger tensor gets a file of its own."""

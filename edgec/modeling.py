@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -175,6 +175,52 @@ def empty(checkpoint: Checkpoint) -> transformers.PreTrainedModel:
         model = _built(checkpoint)
     model.float()
     return model
+
+
+def hollow(checkpoint: Checkpoint) -> transformers.PreTrainedModel:
+    """The model in eval mode with its buffers on the CPU, computed, and every parameter on the meta device.
+
+    For running a model piece by piece: `without_memory` has no rotary frequencies and no position ids, and `empty`
+    reserves the whole model.
+    """
+    with no_init_weights(), _parameters_on_meta():
+        model = _built(checkpoint)
+        model.tie_weights()  # which no_init_weights left out
+    model.float()
+    model.eval()
+    model.requires_grad_(False)
+    return model
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Every parameter that a module registers is replaced by one without memory, at once; ties stay ties."""
+    register = torch.nn.Module.register_parameter
+
+    def without(module: torch.nn.Module, name: str, parameter: torch.nn.Parameter | None) -> None:
+        if parameter is not None and parameter.device.type != "meta":
+            parameter = torch.nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
+        register(module, name, parameter)
+
+    torch.nn.Module.register_parameter = without  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        torch.nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def block_list(model: transformers.PreTrainedModel, planned: Collection[str]) -> str | None:
+    """The name of the list of transformer blocks: the longest ModuleList whose items all hold planned layers.
+
+    Lists inside the items of another one (experts) do not count. None where there is no such list.
+    """
+    found: dict[str, int] = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, torch.nn.ModuleList) or any(name.startswith(f"{outer}.") for outer in found):
+            continue
+        if len(module) and all(any(p.startswith(f"{name}.{i}.") for p in planned) for i in range(len(module))):
+            found[name] = len(module)
+    return max(found, key=lambda name: found[name], default=None)
 
 
 def _built(checkpoint: Checkpoint) -> transformers.PreTrainedModel:

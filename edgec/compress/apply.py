@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import transformers
 from numpy.typing import NDArray
 from torch import nn
 
@@ -71,8 +70,11 @@ def _shared(head: Factors, table: Factors) -> tuple[Factors, Factors]:
     )
 
 
-def apply_factors(model: transformers.PreTrainedModel, factors: Mapping[str, Factors]) -> None:
-    """Put factored modules in place of the dense ones, in `model` itself; biases move along."""
+def apply_factors(model: nn.Module, factors: Mapping[str, Factors]) -> None:
+    """Put factored modules in place of the dense ones, in `model` itself; biases move along.
+
+    model: a transformers model, or one block of it with names as the block has them.
+    """
     for name, fitted in factors.items():
         dense = model.get_submodule(name)
         kind: type[Factored] = FactoredEmbedding if isinstance(dense, nn.Embedding) else FactoredLinear

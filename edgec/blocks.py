@@ -1,0 +1,429 @@
+"""A model run block by block: the weights of one transformer block in memory at a time.
+
+The model itself is only a skeleton, its parameters without memory. Its own code runs once per batch with every block
+replaced by a catcher that notes what it was called with (masks, position embeddings: each architecture has its own,
+and Gemma's differ from block to block) and hands the hidden state on. From then on a block is its module, the noted
+calls and the hidden states that reach it; nothing here knows an architecture. Two things are taken for granted and
+checked: a block runs once per pass, and the hidden state goes from one block to the next untouched. Offloading with
+forward hooks (as accelerate does) was turned down: it loads every block once per batch instead of once.
+
+Layer names are the model's own, complete ("model.layers.3.mlp.up_proj").
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from edgec import limits, modeling
+from edgec.calibration import Batches
+from edgec.checkpoint import Checkpoint
+from edgec.errors import CheckpointError, NumericsError, UnsupportedModelError
+from edgec.moments import SecondMoment
+
+Array = NDArray[Any]
+Rows = Callable[[NDArray[np.int64]], NDArray[np.float32]]
+"""Token ids [u] → rows of a table [u, d]."""
+
+
+class _Stop(Exception):  # noqa: N818 (nothing went wrong)
+    """What was to be seen has been seen; the rest of the forward pass is not needed."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a block was called with besides its hidden state."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class HiddenStates:
+    """One hidden state [B, T, d] per batch, float32: in memory up to `cap_bytes` in all, in files of `folder` beyond.
+
+    Files are read and written whole: pages of a memory map would count as the process's memory all the same.
+    """
+
+    def __init__(self, folder: Path, cap_bytes: int = limits.MAX_HIDDEN_BYTES) -> None:
+        self.folder, self.cap_bytes = folder, cap_bytes
+        self._kept: dict[int, Tensor] = {}
+        self._shapes: dict[int, torch.Size] = {}
+
+    def put(self, batch: int, hidden: Tensor) -> None:
+        """Replace the state of one batch."""
+        hidden = hidden.detach().float().contiguous()
+        self._kept.pop(batch, None)
+        held = sum(h.numel() for h in self._kept.values()) + hidden.numel()
+        self._shapes[batch] = hidden.shape
+        if held * hidden.element_size() <= self.cap_bytes:
+            self._kept[batch] = hidden
+        else:
+            hidden.numpy().tofile(self._file(batch))
+
+    def get(self, batch: int) -> Tensor:
+        if batch in self._kept:
+            return self._kept[batch]
+        return torch.from_numpy(np.fromfile(self._file(batch), np.float32)).reshape(self._shapes[batch])
+
+    def _file(self, batch: int) -> Path:
+        return self.folder / f"hidden-{batch:06d}.f32"
+
+
+class StoredWeights:
+    """Layer name → its dense weight [out, in] (table [v, d]) as stored, memory-mapped; a tied head's from its table."""
+
+    def __init__(self, checkpoint: Checkpoint, model: transformers.PreTrainedModel) -> None:
+        self._checkpoint = checkpoint
+        self._tied = {layer.name: layer.tied_to for layer in modeling.layers(model) if layer.tied_to}
+        self._names = {place: name for name, place in modeling.places(model, checkpoint).items()}
+
+    def __call__(self, layer: str) -> Array:
+        place = f"{layer}.weight"
+        if place not in self._names and layer in self._tied:
+            place = f"{self._tied[layer]}.weight"
+        return self.tensor(place)
+
+    def tensor(self, place: str) -> Array:
+        """Any tensor by the model's own name for it. Raises CheckpointError where it is missing."""
+        try:
+            return self._checkpoint.read(self._names[place])
+        except KeyError as error:
+            raise CheckpointError(f"{self._checkpoint.folder}: tensor {place!r} is missing") from error
+
+
+class BlockWalker:
+    """planned: names of the layers that the caller is interested in; they tell which list holds the blocks.
+
+    Call `embed` first, then visit the blocks in order: `load` one, look at it with `moments`, change it, `advance`
+    through it; then `outer_moments` for what comes after the last one. Raises UnsupportedModelError where the model
+    does not run block by block, NumericsError naming the tensor or block that is not finite.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        planned: Iterable[str],
+        batches: Batches,
+        folder: Path,
+        *,
+        hidden_bytes: int = limits.MAX_HIDDEN_BYTES,
+    ) -> None:
+        self.checkpoint, self.batches = checkpoint, batches
+        self.model = modeling.hollow(checkpoint)
+        self.model.config.use_cache = False
+        self.weight = StoredWeights(checkpoint, self.model)
+        planned = set(planned)
+        path = modeling.block_list(self.model, planned)
+        if path is None:
+            raise UnsupportedModelError(
+                f"{checkpoint.architecture}: no list of transformer blocks that hold planned layers; compress it whole"
+            )
+        self.path = path
+        self.hidden = HiddenStates(folder, hidden_bytes)
+        self.calls: list[list[Call]] = []
+        self._tuple_of = 0
+        self._groups: dict[tuple[Any, ...], list[list[str]]] = {}
+        self._load_outer()
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        found = self.model.get_submodule(self.path)
+        assert isinstance(found, nn.ModuleList)
+        return found
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def name(self, index: int) -> str:
+        return f"{self.path}.{index}"
+
+    @cached_property
+    def embedding(self) -> str | None:
+        """The name of the input embedding."""
+        module = self.model.get_input_embeddings()
+        return next((name for name, found in self.model.named_modules() if found is module), None)
+
+    @cached_property
+    def head(self) -> str | None:
+        """The name of the output head, None for an encoder."""
+        module = self.model.get_output_embeddings()
+        return next((n for n, found in self.model.named_modules() if module is not None and found is module), None)
+
+    def _load_outer(self) -> None:
+        """Everything outside the blocks, except the two matrices of vocabulary size, of which only rows are read."""
+        large = {f"{name}.weight" for name in (self.embedding, self.head) if name}
+        names = [n for n in self.model.state_dict() if n not in large and not n.startswith(f"{self.path}.")]
+        self.model.load_state_dict({n: self._tensor(n) for n in names}, strict=False, assign=True)
+        if self.embedding:
+            dense = self.weight(self.embedding)
+            self.set_table(lambda ids: np.asarray(dense[ids], np.float32))
+
+    def _tensor(self, place: str) -> Tensor:
+        values = self.weight.tensor(place)
+        if values.dtype.kind in "iub":
+            return torch.from_numpy(np.array(values))
+        values = np.array(values, dtype=np.float32)
+        if not np.isfinite(values).all():
+            raise NumericsError(f"tensor {place!r} holds NaN or Inf; expected finite weights")
+        return torch.from_numpy(values)
+
+    def set_table(self, rows: Rows) -> None:
+        """Look the tokens of the batches up in these rows from now on; the table itself is not held."""
+        assert self.embedding is not None
+        module: Any = self.model.get_submodule(self.embedding)
+        known = torch.unique(torch.cat([b["input_ids"].reshape(-1) for b in self.batches.items]))
+        values = torch.from_numpy(rows(known.numpy()))
+        scale = getattr(module, "embed_scale", None)  # Gemma multiplies inside its embedding module
+
+        def lookup(ids: Tensor) -> Tensor:
+            found = nn.functional.embedding(torch.searchsorted(known, ids.contiguous()), values)
+            return found if scale is None else found * scale.to(found.dtype)
+
+        module.forward = lookup
+
+    def set_weight(self, layer: str, weight: NDArray[np.float32]) -> None:
+        """Replace the weight of a layer outside the blocks."""
+        module: Any = self.model.get_submodule(layer)
+        module.weight = nn.Parameter(torch.from_numpy(weight), requires_grad=False)
+
+    def embed(self) -> None:
+        """Run every batch up to the first block, and note what each block is called with."""
+        self._tuple_of = self._output_form()
+        self.calls = [[] for _ in range(len(self))]
+        for number, batch in enumerate(self.batches.items):
+            before: list[Tensor] = []
+
+            def catch(
+                index: int, hidden: Tensor, call: Call, number: int = number, before: list[Tensor] = before
+            ) -> Any:
+                if len(before) != index or (before and before[-1] is not hidden):
+                    raise UnsupportedModelError(
+                        f"{self.checkpoint.architecture}: {self.name(index)} does not get what the block before it "
+                        "made; compress it whole"
+                    )
+                if any(isinstance(v, transformers.Cache) for v in (*call.args, *call.kwargs.values())):
+                    raise UnsupportedModelError(f"{self.checkpoint.architecture}: {self.name(index)} wants a cache")
+                if index == 0:
+                    self.hidden.put(number, hidden)
+                before.append(hidden)
+                self.calls[index].append(call)
+                return self._output(hidden)
+
+            self._outer(batch, catch)
+            if len(before) != len(self):
+                raise UnsupportedModelError(
+                    f"{self.checkpoint.architecture}: {len(before)} of {len(self)} blocks ran; compress it whole"
+                )
+
+    def _output_form(self) -> int:
+        """0 where a block gives a tensor, else the length of the tuple whose first item is the hidden state.
+
+        One block is run on a few tokens to find out.
+        """
+        small = {name: part[:1, :8] for name, part in self.batches.items[0].items()}
+        seen: list[Any] = []
+
+        def first(index: int, hidden: Tensor, call: Call) -> Any:
+            with self.load(index) as block:
+                seen.append(block(hidden, *call.args, **call.kwargs))
+            raise _Stop
+
+        self._outer(small, first)
+        output = seen[0]
+        if isinstance(output, tuple) and output and isinstance(output[0], Tensor):
+            return len(output)
+        if not isinstance(output, Tensor):
+            raise UnsupportedModelError(
+                f"{self.checkpoint.architecture}: a block gives {type(output).__name__}, expected a hidden state"
+            )
+        return 0
+
+    def _output(self, hidden: Tensor) -> Any:
+        return (hidden, *(None for _ in range(self._tuple_of - 1))) if self._tuple_of else hidden
+
+    @torch.no_grad()
+    def _outer(self, batch: dict[str, Tensor], stand_in: Callable[[int, Tensor, Call], Any]) -> None:
+        """The model on one batch with `stand_in` in place of every block, up to its head."""
+        handles = []
+        for index, block in enumerate(self.blocks):
+            block.forward = _caught(index, stand_in)
+        if self.head:
+            handles.append(self.model.get_submodule(self.head).register_forward_pre_hook(_stop))
+        try:
+            with suppress(_Stop):
+                self.model(**batch)
+        finally:
+            for handle in handles:
+                handle.remove()
+            for block in self.blocks:
+                del block.forward
+
+    @contextmanager
+    def load(self, index: int) -> Iterator[nn.Module]:
+        """The block with its dense weights, float32: a copy, gone at the end."""
+        config = self.model.config
+        block: nn.Module = copy.deepcopy(self.blocks[index], {id(config): config})
+        vars(block).pop("forward", None)  # a catcher's
+        prefix = f"{self.name(index)}."
+        block.load_state_dict({n: self._tensor(prefix + n) for n in block.state_dict()}, assign=True)
+        block.requires_grad_(False)
+        yield block
+
+    @torch.no_grad()
+    def run(self, index: int, block: nn.Module, batch: int) -> Tensor:
+        """The block's hidden state [B, T, d] for one batch."""
+        call = self.calls[index][batch]
+        output = block(self.hidden.get(batch), *call.args, **call.kwargs)
+        hidden: Tensor = output[0] if self._tuple_of else output
+        return hidden
+
+    def advance(self, index: int, block: nn.Module) -> None:
+        """Replace the hidden states by what the block makes of them."""
+        for batch in range(len(self.batches.items)):
+            hidden = self.run(index, block, batch)
+            if not torch.isfinite(hidden).all():
+                raise NumericsError(f"block {self.name(index)!r} is not finite on the calibration text")
+            self.hidden.put(batch, hidden)
+
+    def groups(self, index: int, block: nn.Module, layers: Sequence[str]) -> list[list[str]]:
+        """The block's layers in the order in which they run; those that read the same tensor come together.
+
+        A layer that no token reached is in none.
+        """
+        prefix = f"{self.name(index)}."
+        names = [layer.removeprefix(prefix) for layer in layers]
+        key = (type(block), *names)
+        if key not in self._groups:
+            seen: list[tuple[str, Tensor]] = []
+
+            def see(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+                return lambda _module, inputs: seen.append((name, inputs[0]))
+
+            handles = [block.get_submodule(name).register_forward_pre_hook(see(name)) for name in names]
+            try:
+                self.run(index, block, 0)
+            finally:
+                for handle in handles:
+                    handle.remove()
+            found: list[list[str]] = []
+            for at, (name, x) in enumerate(seen):
+                if at and x is seen[at - 1][1]:
+                    found[-1].append(name)
+                else:
+                    found.append([name])
+            self._groups[key] = found
+        return [[prefix + name for name in group] for group in self._groups[key]]
+
+    def moments(self, index: int, block: nn.Module, layers: Sequence[str]) -> dict[str, SecondMoment]:
+        """H = E[x xᵀ] of these layers' inputs over the unmasked tokens; a pass ends where the last of them begins.
+
+        Raises NumericsError naming the layer.
+        """
+        prefix = f"{self.name(index)}."
+        with self._observed({layer: block.get_submodule(layer.removeprefix(prefix)) for layer in layers}) as moments:
+            for batch in range(len(self.batches.items)):
+                moments.start(batch, stop=True)
+                with suppress(_Stop):
+                    self.run(index, block, batch)
+        return moments.finished()
+
+    def outer_moments(self, layers: Sequence[str], *, after: bool) -> dict[str, SecondMoment]:
+        """H of layers outside the blocks: of those that run before the first block, or (after) behind the last one.
+
+        Layers on the other side are not in the result.
+        """
+        modules = {layer: self.model.get_submodule(layer) for layer in layers}
+        with self._observed(modules) as moments:
+            for number, batch in enumerate(self.batches.items):
+                moments.start(number, stop=False)
+                moments.seeing = not after
+
+                def pass_on(index: int, hidden: Tensor, call: Call, number: int = number) -> Any:
+                    if not after:
+                        raise _Stop
+                    moments.seeing = True
+                    return self._output(self.hidden.get(number) if index == len(self) - 1 else hidden)
+
+                self._outer(batch, pass_on)
+        return moments.finished()
+
+    @contextmanager
+    def _observed(self, modules: dict[str, nn.Module]) -> Iterator[_Moments]:
+        moments = _Moments([b["attention_mask"].bool() for b in self.batches.items], len(modules))
+        handles = [m.register_forward_pre_hook(moments.hook(n), prepend=True) for n, m in modules.items()]
+        try:
+            yield moments
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+class _Moments:
+    """Sums of x xᵀ over the unmasked rows, in float64; products in float32, batch by batch, as `activations` does."""
+
+    def __init__(self, masks: Sequence[Tensor], count: int) -> None:
+        self.masks, self.count = masks, count
+        self.seeing = True
+        self._totals: dict[str, Tensor] = {}
+        self._batch, self._stop = 0, False
+        self._seen: set[str] = set()
+
+    def start(self, batch: int, *, stop: bool) -> None:
+        """stop: end the pass when every layer has been seen."""
+        self._batch, self._stop = batch, stop
+        self._seen.clear()
+
+    def hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def see(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+            if not self.seeing:
+                return
+            x: Tensor = inputs[0]
+            rows, mask = x.detach().reshape(-1, x.shape[-1]).float(), self.masks[self._batch]
+            if len(rows) == mask.numel():
+                rows = rows[mask.reshape(-1)]
+            if name not in self._totals:
+                self._totals[name] = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64)
+            self._totals[name] += rows.T @ rows
+            self._seen.add(name)
+            if self._stop and len(self._seen) == self.count:
+                raise _Stop
+
+        return see
+
+    def finished(self) -> dict[str, SecondMoment]:
+        tokens = sum(int(mask.sum()) for mask in self.masks)
+        found = {}
+        for name in list(self._totals):
+            total = self._totals.pop(name).div_(tokens).numpy()
+            try:
+                found[name] = SecondMoment(total)
+            except NumericsError as error:
+                raise NumericsError(
+                    f"layer {name!r}: its activations are not finite on the calibration text"
+                ) from error
+        return found
+
+
+def _stop(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    raise _Stop
+
+
+def _caught(index: int, stand_in: Callable[[int, Tensor, Call], Any]) -> Callable[..., Any]:
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if args:
+            return stand_in(index, args[0], Call(args[1:], kwargs))
+        hidden = kwargs.pop("hidden_states")
+        return stand_in(index, hidden, Call((), kwargs))
+
+    return forward
