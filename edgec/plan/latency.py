@@ -2,8 +2,8 @@
 
 Three things take time in a low-bit matmul: reading the core (decode is bound by it), multiplying (prefill is), and
 being a node at all (many small cores are). Their prices are the non-negative least-squares solution (Lawson & Hanson
-1974, ch. 23) over measured shapes, so that no price is negative where shapes are collinear; rows of the system are
-divided by what was measured, so that small matmuls count as much as large ones. Counting FLOPs alone was turned
+1974, ch. 23) over measured shapes, so that no price is negative where shapes are collinear; misfits are relative, so
+that small matmuls count as much as large ones. Counting FLOPs alone was turned
 down: it makes a train of tiny cores look free, and prefill and decode look alike.
 """
 
@@ -105,16 +105,20 @@ def fit_costs(samples: Sequence[Sample]) -> CostModel:
             raise PlanError(
                 f"{len(group)} timings at {rows} rows cannot give {len(bits) + 2} prices; measure more shapes"
             )
+        # Relative misfits count, but what is far below the usual is nearer to the clock's resolution.
+        times = np.array([s[5] for s in group])
+        weight = 1 / (times + 0.1 * float(np.median(times)))
         system = np.array(
             [
                 [CoreFormat(b, block).stored_bytes((n, k)), *(2.0 * rows * n * k * (b == own) for own in bits), 1.0]
                 for n, k, b, block, _, _ in group
             ]
-        ) / np.array([s[5] for s in group])[:, None]
-        scale = system.max(0)
-        found = nnls(system / scale, np.ones(len(group)))[0] / scale
+        )
+        weighed = system * weight[:, None]
+        scale = weighed.max(0)
+        found = nnls(weighed / scale, times * weight)[0] / scale
         prices[rows] = Prices(float(found[0]), dict(zip(bits, map(float, found[1:-1]), strict=True)), float(found[-1]))
-        misfits += list(np.abs(system @ found - 1))
+        misfits += list(np.abs(system @ found / times - 1))
     if not prices:
         raise PlanError("no timing of the runtime is usable; run the micro-benchmark again")
     return CostModel(prices, float(np.median(misfits)))

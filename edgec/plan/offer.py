@@ -70,20 +70,18 @@ class Offer:
         return self._within_cap(loss, self.pace, self.pace.cap)
 
     def _within_cap(self, loss: Loss, pace: Pace, cap: float) -> list[Choice]:
-        """Lagrange: the lowest price of a millisecond at which the plan keeps the cap."""
-        low = max(pace.weight, 1e-12)
-        high, plan = low, self._spent(loss, low)
-        while pace.of(plan) > cap:
-            low, high = high, high * 8
-            if high > 1e12:
-                raise BudgetError(
-                    f"no plan within the size budget takes less than {pace.of(plan):.3g} ms, asked for {cap:.3g} ms; "
-                    "raise the latency or lower the size budget"
-                )
-            plan = self._spent(loss, high)
-        for _ in range(24):
+        """Lagrange: the lowest price of a millisecond at which the plan keeps the cap, by bisection."""
+        cheapest = self._spent(lambda choice: 0.0, 1.0)
+        if pace.of(cheapest) > cap:
+            raise BudgetError(
+                f"no plan within the size budget takes less than {pace.of(cheapest):.3g} ms, asked for {cap:.3g} ms; "
+                "raise the latency"
+            )
+        usual = sum(map(loss, cheapest)) / max(pace.of(cheapest), 1e-9) or 1.0  # loss per ms, about
+        low, high, plan = usual * 1e-4, usual * 1e2, cheapest
+        for _ in range(12):
             middle = math.sqrt(low * high)
-            tried = self._spent(loss, middle)
+            tried = self._spent(loss, pace.weight + middle)
             if pace.of(tried) <= cap:
                 high, plan = middle, tried
             else:
@@ -100,6 +98,36 @@ class Offer:
         original = {(c.layer, c.spec, c.format): c for offered in self.choices.values() for c in offered}
         plan = _allocate(weighed, self.tied, self.budget, self.sizes)
         return [replace(original.get((c.layer, c.spec, c.format), c), bytes=c.bytes) for c in plan]
+
+    @property
+    def floor(self) -> int:
+        """Bytes of what the budget limits, with every layer at its smallest."""
+        return _smallest(layer_items(self._limited(), self._limited_pairs()))
+
+    @property
+    def limited_parameters(self) -> int:
+        """Parameters that a budget in bits per weight divides by: of the block linears, or of the checkpoint."""
+        if self.budget.kind != "linear":
+            return self.sizes.parameters
+        return sum(c[0].shape[0] * c[0].shape[1] for c in self._limited())
+
+    def limited_bytes(self, choices: Sequence[Choice]) -> int:
+        """What a plan spends of the budget, other files left out [bytes]."""
+        return sum(c.bytes for c in choices if self.budget.kind != "linear" or c.role == "linear")
+
+    def at(self, limited: float) -> Offer:
+        """The same offer with so many bytes to spend, as `limited_bytes` counts them."""
+        beside = 0 if self.budget.kind == "linear" else self.sizes.other_bytes
+        kind = "linear" if self.budget.kind == "linear" else "total"
+        bits = 8 * (limited + beside) / self.limited_parameters * (1 + 1e-12)  # the way back is rounded
+        return replace(self, budget=Budget(kind, bits, f"{bits:.2f}bpw" + ("-linear" if kind == "linear" else "")))
+
+    def _limited(self) -> list[Sequence[Choice]]:
+        every = [c for c in self.choices.values() if c]
+        return [c for c in every if c[0].role == "linear"] if self.budget.kind == "linear" else every
+
+    def _limited_pairs(self) -> Sequence[tuple[str, str]]:
+        return () if self.budget.kind == "linear" else self.tied
 
     def fits(self, choices: Sequence[Choice]) -> bool:
         """Does a whole plan keep budget and pace?"""

@@ -151,7 +151,7 @@ def finalists(
     return sorted(found, key=lambda entry: entry[2])
 
 
-_STRUCTURES = {
+_STRUCTURES: dict[str, Callable[[Choice], bool]] = {
     "factored": lambda c: c.spec.kind not in ("dense", "residual"),
     "dense": lambda c: c.spec.kind == "dense",
     "residual": lambda c: c.spec.kind == "residual",
@@ -166,7 +166,12 @@ def _starts(offer: Offer, target: Target) -> list[tuple[str, list[Choice]]]:
 def _penalty(pace: Pace | None) -> Callable[[Sequence[Choice]], float]:
     if pace is None:
         return lambda choices: 0.0
-    return lambda choices: pace.weight * pace.of(choices)
+    weight, of = pace.weight, pace.of
+
+    def penalty(choices: Sequence[Choice]) -> float:
+        return weight * of(choices)
+
+    return penalty
 
 
 def _search_notes(found: Found, search: Search) -> list[str]:

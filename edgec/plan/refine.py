@@ -126,11 +126,13 @@ def refine(
     ledger: Ledger,
     search: Search,
     progress: Progress | None = None,
+    *,
+    goal: float = -math.inf,
 ) -> Found:
-    """The best plan measured. starts: named plans, the first of which the search begins from; all are measured,
-    whatever the limits. Raises PlanError when no plan has a finite loss.
+    """The best plan measured. starts: named plans; all are measured, whatever the limits. goal: a loss that is good
+    enough to stop at. Raises PlanError when no plan has a finite loss.
     """
-    run = _Run(offer, ledger, search, progress)
+    run = _Run(offer, ledger, search, progress, goal)
     named = {name: run.try_plan(name, choices) for name, choices in starts}
     before = run.best
     if not before < math.inf:
@@ -144,7 +146,8 @@ def refine(
 
 
 class _Run:
-    def __init__(self, offer: Offer, ledger: Ledger, search: Search, progress: Progress | None) -> None:
+    def __init__(self, offer: Offer, ledger: Ledger, search: Search, progress: Progress | None, goal: float) -> None:
+        self.goal = goal
         self.offer, self.ledger, self.search, self.progress = offer, ledger, search, progress
         self.groups = Groups.of_layers(list(offer.choices))
         self.name, self.plan, self.best = "", [], math.inf
@@ -159,7 +162,7 @@ class _Run:
     @property
     def spent(self) -> bool:
         late = self.search.seconds is not None and self.ledger.seconds - self.begun >= self.search.seconds
-        return late or self.used >= self.search.evaluations
+        return late or self.used >= self.search.evaluations or self.best <= self.goal
 
     def try_plan(self, name: str, choices: list[Choice]) -> float:
         loss = self.ledger.measure(choices)

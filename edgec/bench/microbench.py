@@ -1,0 +1,160 @@
+"""Timings of single low-bit matmuls on this machine's onnxruntime: what the planner's cost model is fitted to.
+
+`edgec.bench.kernels` asks what a weight costs in a model-sized stack; this asks how the cost depends on shape, format
+and rows, for cores as small as a tensor train's. Every shape is one graph of equal nodes on one input, with weights of
+their own, so that the cost of calling the session is shared and can be subtracted (an empty graph measures it). All
+sessions live in one process and are timed in turn, round after round, so that a slow second of the machine falls on
+all of them. The lowest decile is kept, not the median: another process on the machine can only add time, and a product
+of a millisecond is interrupted by one far more often than a short one. Graphs are built with onnx's helper, not
+exported: nothing but the kernel is wanted.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+from edgec.errors import BenchError
+
+Sample = tuple[int, int, int, int, int, float]
+"""(n, k, bits, block, rows, ms): x [rows, k] → [rows, n]; ms of one node. bits 32: fp32, block 0."""
+
+FORMATS = ((2, 64), (4, 32), (4, 64), (8, 32), (32, 0))
+"""(bits, block) measured."""
+
+SHAPES = ((64, 512), (384, 384), (1536, 384), (384, 1536), (1024, 1024))
+"""(n, k) measured in every format: from a train's core to a small model's matrix."""
+
+ROWS = (1, 16, 128)
+
+_MOST_NODES = 32
+"""Most equal nodes in one graph."""
+_PRODUCTS = 1 << 22
+"""About how many multiply-adds the nodes of a graph do together: enough to stand out from the call, and over before
+another process gets its turn [count].
+"""
+_LEAST_ROUNDS = 5
+_RESOLUTION_MS = 1e-4
+
+
+def measure(
+    shapes: Sequence[tuple[int, int]] = SHAPES,
+    formats: Sequence[tuple[int, int]] = FORMATS,
+    rows: Sequence[int] = ROWS,
+    *,
+    threads: int = 1,
+    seconds: float = 40.0,
+    accuracy_level: int = 4,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Sample]:
+    """One sample per shape, format and number of rows. seconds: how long rounds are repeated (at least 5 of them).
+
+    Raises BenchError naming the shape when the runtime refuses a graph.
+    """
+    rng = np.random.default_rng(0)
+    empty = _session(_empty(), threads, "an empty graph")
+    contestants = []
+    for bits, block in formats:
+        for n, k in shapes:
+            where = f"a {n}x{k} matmul at {bits} bits, blocks of {block}"
+            for m in rows:
+                nodes = _nodes(n, k, m)
+                model = _matmuls(n, k, bits, block, nodes, accuracy_level, rng)
+                x = rng.normal(size=(m, k)).astype(np.float32)
+                contestants.append(((n, k, bits, block, m), nodes, _session(model, threads, where), x))
+    idle = np.zeros((1, 32), np.float32)
+    times: list[list[float]] = [[] for _ in contestants]
+    calls: list[float] = []
+    until, done = time.perf_counter() + seconds, 0
+    while done <= _LEAST_ROUNDS or time.perf_counter() < until:
+        calls.append(_time(empty, idle))
+        for found, (_, _, session, x) in zip(times, contestants, strict=True):
+            found.append(_time(session, x))
+        done += 1
+        if progress:
+            share = 1 - max(0.0, until - time.perf_counter()) / seconds
+            progress(int(100 * share), 100)
+    call = _undisturbed(calls)
+    return [
+        (*key, max((_undisturbed(found) - call) / nodes, _RESOLUTION_MS))
+        for (key, nodes, _, _), found in zip(contestants, times, strict=True)
+    ]
+
+
+def _nodes(n: int, k: int, rows: int) -> int:
+    return min(_MOST_NODES, max(1, _PRODUCTS // (n * k * rows)))
+
+
+def _undisturbed(times: list[float]) -> float:
+    return float(np.quantile(times[1:], 0.1))  # the first round warms up
+
+
+def _time(session: Any, x: NDArray[np.float32]) -> float:
+    begun = time.perf_counter()
+    session.run(None, {"x": x})
+    return 1e3 * (time.perf_counter() - begun)
+
+
+def _session(model: onnx.ModelProto, threads: int, where: str) -> Any:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    options.log_severity_level = 3
+    try:
+        return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # noqa: BLE001 (onnxruntime's errors share no base class)
+        raise BenchError(f"micro-benchmark: onnxruntime refuses {where}: {str(error).splitlines()[0]}") from error
+
+
+def _matmuls(
+    n: int, k: int, bits: int, block: int, count: int, accuracy_level: int, rng: np.random.Generator
+) -> onnx.ModelProto:
+    nodes, constants = [], []
+    for i in range(count):
+        if bits == 32:
+            constants.append(_constant(f"w{i}", rng.normal(size=(k, n)).astype(np.float32)))
+            nodes.append(helper.make_node("MatMul", ["x", f"w{i}"], [f"y{i}"]))
+            continue
+        blocks = -(-k // block)
+        codes = rng.integers(0, 256, (n, blocks, block * bits // 8), np.uint8)
+        constants += [_constant(f"w{i}", codes), _constant(f"s{i}", np.full((n, blocks), 1e-2, np.float32))]
+        attributes: dict[str, Any] = {"K": k, "N": n, "bits": bits, "block_size": block}
+        nodes.append(
+            helper.make_node(
+                "MatMulNBits",
+                ["x", f"w{i}", f"s{i}"],
+                [f"y{i}"],
+                domain="com.microsoft",
+                accuracy_level=accuracy_level,
+                **attributes,
+            )
+        )
+    return _model(nodes, constants, k)
+
+
+def _empty() -> onnx.ModelProto:
+    """What every graph has beside its products."""
+    return _model([helper.make_node("Identity", ["x"], ["y0"])], [], 32)
+
+
+def _constant(name: str, array: NDArray[Any]) -> onnx.TensorProto:
+    return numpy_helper.from_array(array, name)
+
+
+def _model(nodes: list[onnx.NodeProto], constants: list[onnx.TensorProto], k: int) -> onnx.ModelProto:
+    """nodes: each gives one y, of which only the first row reaches the output: all are needed, little is copied."""
+    bounds = {"zero": 0, "one": 1}
+    constants = [*constants, *(_constant(name, np.array([value], np.int64)) for name, value in bounds.items())]
+    tops = [helper.make_node("Slice", [f"y{i}", "zero", "one", "zero"], [f"top{i}"]) for i in range(len(nodes))]
+    nodes = [*nodes, *tops, helper.make_node("Sum", [f"top{i}" for i in range(len(nodes))], ["y"])]
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["rows", k])
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, None])
+    graph = helper.make_graph(nodes, "microbench", [x], [y], constants)
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=10)
