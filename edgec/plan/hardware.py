@@ -184,7 +184,11 @@ def formats(hardware: Hardware) -> tuple[str, ...]:
 
 
 def executes(hardware: Hardware, core_format: str) -> bool:
-    """Does the class execute a core format ("int4-b32", "fp8-e4m3-b32") on fast kernels? Plain floats always run."""
+    """Does the class execute a core format ("int4-b32", "fp8-e4m3-b32", a pair "int2-b64+int8-b32") on fast kernels?
+    Plain floats always run.
+    """
+    if "+" in core_format:
+        return all(executes(hardware, part) for part in core_format.split("+"))
     family, _, rest = core_format.partition("-")
     if family in ("fp32", "fp16"):
         return True
