@@ -1,4 +1,4 @@
-"""Text for calibrating, healing and validating: three disjoint splits, by hash, of one source.
+"""Text for calibrating, healing, searching and validating: four disjoint splits, by hash, of one source.
 
 The default source is `pydoc_data.topics`: half a megabyte of English technical prose that ships with every
 Python, so that a default needs neither network nor committed data. Causal LMs add text sampled from the dense
@@ -25,8 +25,8 @@ from edgec.checkpoint import Checkpoint, parse_json
 from edgec.errors import CalibrationError, CheckpointError
 from edgec.modeling import ENCODER_TASK, quiet_transformers
 
-SPLITS = ("calibrate", "heal", "validate")
-_SHARES = (0.6, 0.2)  # calibrate, heal; the rest validates
+SPLITS = ("calibrate", "heal", "search", "validate")
+_SHARES = (0.6, 0.1, 0.1)  # the rest validates. Healing learns from the first two; plans are compared on the third.
 
 ENCODER_LENGTH = 128
 """Longest sentence an encoder is calibrated on [tokens]."""
@@ -135,6 +135,7 @@ def tokenize(
     *,
     context: int = limits.MAX_DIMENSION,
     minimum: int = limits.MIN_CALIBRATION_TOKENS,
+    batch_tokens: int = BATCH_TOKENS,
 ) -> Batches:
     """Encoders: items padded into batches of similar length. Causal LMs: items joined and cut into windows.
 
@@ -145,7 +146,7 @@ def tokenize(
         ids = _encoder_ids(text, tokenizer, max_tokens, min(ENCODER_LENGTH, context))
     else:
         ids = _windows(text, tokenizer, max_tokens, min(DECODER_LENGTH, context))
-    batches = Batches(text.origin, tuple(pad(group) for group in _grouped(ids)))
+    batches = Batches(text.origin, tuple(pad(group) for group in _grouped(ids, batch_tokens)))
     if batches.tokens < minimum:
         raise CalibrationError(
             f"{text.origin}: {batches.tokens} tokens; at least {minimum} are needed for statistics that mean "
@@ -178,10 +179,10 @@ def _windows(text: Text, tokenizer: Any, max_tokens: int, length: int) -> list[l
     return windows or ([stream] if stream else [])
 
 
-def _grouped(ids: list[list[int]]) -> list[list[list[int]]]:
+def _grouped(ids: list[list[int]], batch_tokens: int) -> list[list[list[int]]]:
     groups: list[list[list[int]]] = []
     for row in ids:
-        if not groups or (len(groups[-1]) + 1) * max(len(row), len(groups[-1][0])) > BATCH_TOKENS:
+        if not groups or (len(groups[-1]) + 1) * max(len(row), len(groups[-1][0])) > batch_tokens:
             groups.append([])
         groups[-1].append(row)
     return groups
@@ -198,7 +199,9 @@ def pad(rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def self_sampled(model: transformers.PreTrainedModel, tokens: int, seed: int = 0) -> Batches:
+def self_sampled(
+    model: transformers.PreTrainedModel, tokens: int, seed: int = 0, batch_tokens: int = BATCH_TOKENS
+) -> Batches:
     """Windows int64 [B, DECODER_LENGTH] drawn from the causal LM itself at temperature 1, from its BOS (or 0) on."""
     length = min(DECODER_LENGTH, int(getattr(model.config, "max_position_embeddings", DECODER_LENGTH)))
     rows = max(1, tokens // length)
@@ -212,6 +215,6 @@ def self_sampled(model: transformers.PreTrainedModel, tokens: int, seed: int = 0
             cache = out.past_key_values
             step = torch.multinomial(out.logits[:, -1].float().softmax(-1), 1, generator=generator)
             ids = torch.cat([ids, step], dim=1)
-    per_batch = max(1, BATCH_TOKENS // length)
+    per_batch = max(1, batch_tokens // length)
     items = tuple({"input_ids": part, "attention_mask": torch.ones_like(part)} for part in ids.split(per_batch))
     return Batches("text sampled from the dense model", items)

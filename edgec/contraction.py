@@ -116,7 +116,7 @@ class Contraction:
     @property
     def lookup(self) -> bool:
         """Does it take token ids? (An embedding's backbone + correction starts with a Sum of Gathers.)"""
-        return isinstance(next(_walk(self.steps), None), Gather)
+        return isinstance(next(walk(self.steps), None), Gather)
 
     @property
     def start(self) -> tuple[int, ...]:
@@ -203,7 +203,7 @@ def core_shapes(contraction: Contraction) -> dict[str, tuple[int, ...]]:
     """Shape of every core, in the order in which the steps use them."""
     shapes: dict[str, tuple[int, ...]] = {}
     shape: tuple[int, ...]
-    for step in _walk(contraction.steps):
+    for step in walk(contraction.steps):
         match step:
             case MatMul(core, n, k):
                 shape = (n, k)
@@ -222,7 +222,7 @@ def core_shapes(contraction: Contraction) -> dict[str, tuple[int, ...]]:
 
 def quantisable(contraction: Contraction) -> frozenset[str]:
     """Names of the cores that a low-bit matmul or lookup kernel can take; the others are stored as fp16."""
-    return frozenset(step.core for step in _walk(contraction.steps) if isinstance(step, MatMul | Gather))
+    return frozenset(step.core for step in walk(contraction.steps) if isinstance(step, MatMul | Gather))
 
 
 def parameters(contraction: Contraction) -> int:
@@ -255,11 +255,12 @@ def _flops(steps: Sequence[Step], trailing: tuple[int, ...]) -> int:
     return total
 
 
-def _walk(steps: Sequence[Step]) -> Iterator[Step]:
+def walk(steps: Sequence[Step]) -> Iterator[Step]:
+    """Every step, those inside the branches of a Sum too."""
     for step in steps:
         if isinstance(step, Sum):
             for branch in step.branches:
-                yield from _walk(branch)
+                yield from walk(branch)
         else:
             yield step
 
@@ -310,7 +311,7 @@ def evaluate(contraction: Contraction, cores: Mapping[str, Array], x: Array) -> 
 
 def dense(contraction: Contraction, cores: Mapping[str, Array]) -> Array:
     """The matrix W [out, in] (or table [v, n]) that the cores stand for. For tests and errors, never at run time."""
-    first = next(_walk(contraction.steps))
+    first = next(walk(contraction.steps))
     if isinstance(first, Gather):
         return evaluate(contraction, cores, np.arange(first.v))
     dtype = next(iter(cores.values())).dtype

@@ -15,6 +15,8 @@ from typing import Any, TypeVar
 
 from edgec.errors import EdgecError, RecipeError
 from edgec.export.targets import all_targets, get_target
+from edgec.heal.settings import parse_heal
+from edgec.plan.acceptance import parse_max_loss
 from edgec.plan.budget import parse_budget
 from edgec.plan.files import read_yaml, refuse_unknown
 from edgec.plan.planner import constrained_plan
@@ -31,15 +33,17 @@ _CONSTRAINTS = ("uniform:", "dense:")
 class Recipe:
     """What one export should be. A field that is None is left to the command line, or to the target's default.
 
-    target: a name from `edgec targets`. budget: as typed after --budget. plan: a constraint ("uniform:0.5") or the path
-    of a plan file. heal: "off", the only value so far. calibration: a .txt or .jsonl file. description: for the reader.
+    target: a name from `edgec targets`. budget: as typed after --budget. max_loss: as typed after --max-loss. plan: a
+    constraint ("uniform:0.5") or the path of a plan file. heal: as typed after --heal. calibration: a .txt or .jsonl
+    file. description: for the reader.
     """
 
     version: int = RECIPE_VERSION
     target: str | None = None
     budget: str | None = None
+    max_loss: str | None = None
     plan: str | None = None
-    heal: str = "off"
+    heal: str | None = None
     calibration: Path | None = None
     description: str = ""
 
@@ -48,15 +52,20 @@ class Recipe:
         *,
         target: str | None = None,
         budget: str | None = None,
+        max_loss: str | None = None,
         plan: str | None = None,
         calibration: Path | None = None,
+        heal: str | None = None,
     ) -> Recipe:
         """The recipe with every option that is not None in place of its own value.
 
-        Budget and plan answer the same question: an option for one of them drops what the recipe says of the other.
+        Budget, max_loss and plan answer the same question: an option for one of them drops what the recipe says of the
+        others.
         """
-        given = {"target": target, "budget": budget, "plan": plan, "calibration": calibration}
-        kept = replace(self, budget=None, plan=None) if budget is not None or plan is not None else self
+        answers = {"budget": budget, "max_loss": max_loss, "plan": plan}
+        given = {"target": target, **answers, "calibration": calibration, "heal": heal}
+        answered = any(value is not None for value in answers.values())
+        kept = replace(self, budget=None, max_loss=None, plan=None) if answered else self
         return replace(kept, **{key: value for key, value in given.items() if value is not None})  # type: ignore[arg-type]
 
 
@@ -70,6 +79,8 @@ def read_recipe(path: Path) -> Recipe:
     if type(version) is not int or version != RECIPE_VERSION:
         said = "is missing" if "version" not in body else f"is {version!r}"
         raise RecipeError(f"{path}: version {said}; this edgec reads `version: {RECIPE_VERSION}`")
+    if "max_loss" in body and ("budget" in body or "plan" in body):
+        raise RecipeError(f"{path}: max_loss is instead of a budget or a plan; keep one of them")
     if "budget" in body and "plan" in body:
         raise RecipeError(
             f"{path}: names both plan and budget; a plan already decides every layer, so keep one of them "
@@ -80,6 +91,7 @@ def read_recipe(path: Path) -> Recipe:
         version=RECIPE_VERSION,
         target=target,
         budget=_budget(path, body),
+        max_loss=_max_loss(path, body),
         plan=_plan(path, body, target),
         heal=_heal(path, body),
         calibration=_calibration(path, body),
@@ -110,11 +122,16 @@ def _plan(path: Path, body: Mapping[str, Any], target: str | None) -> str | None
     return str(_file(path, "plan", text, "a plan file, or a constraint such as uniform:0.5 or dense:fp32"))
 
 
-def _heal(path: Path, body: Mapping[str, Any]) -> str:
-    heal = _text(path, body, "heal") or "off"
-    if heal != "off":
-        raise RecipeError(f"{path}: heal: {heal!r} is not available: this edgec cannot heal yet; write `heal: off`")
-    return heal
+def _max_loss(path: Path, body: Mapping[str, Any]) -> str | None:
+    if type(value := body.get("max_loss")) is float:
+        body = {"max_loss": str(value)}
+    text = _text(path, body, "max_loss")
+    return None if text is None else _checked(path, "max_loss", lambda: parse_max_loss(text).text)
+
+
+def _heal(path: Path, body: Mapping[str, Any]) -> str | None:
+    text = _text(path, body, "heal")
+    return None if text is None else _checked(path, "heal", lambda: str(parse_heal(text)))
 
 
 def _calibration(path: Path, body: Mapping[str, Any]) -> Path | None:

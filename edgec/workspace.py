@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ import torch
 import transformers
 from numpy.typing import NDArray
 
-from edgec import calibration, modeling
+from edgec import calibration, limits, modeling
 from edgec.calibration import Batches, Text
 from edgec.checkpoint import Checkpoint, open_checkpoint
 from edgec.errors import CalibrationError
@@ -33,6 +34,10 @@ CALIBRATION_TOKENS = 32_768
 """Tokens that statistics are collected from [tokens]."""
 EVALUATION_TOKENS = 8_192
 """Tokens that whole plans are compared on, and that quality is reported on [tokens]."""
+HEALING_TOKENS = 1_000_000
+"""Most tokens of a split that healing learns from [tokens]."""
+HEALING_BATCH = 1024
+"""Tokens of one step of healing: what trains codes is the number of steps, not their size [tokens]."""
 _SAMPLED_TOKENS = 8_192
 _SAMPLE_UP_TO = 100_000_000
 """Largest causal LM that text is sampled from [parameters]: beyond it, sampling takes longer than it is worth."""
@@ -107,21 +112,40 @@ class Workspace:
     def text(self) -> Text:
         return calibration.load_text(self.calibration_file)
 
-    def batches(self, split: str, max_tokens: int) -> Batches:
+    def batches(self, split: str, max_tokens: int, *, batch_tokens: int = calibration.BATCH_TOKENS) -> Batches:
         """Tokens of one split of the text; on the default text, a causal LM adds some sampled from itself."""
         found = calibration.tokenize(
-            self.text.split(split), self.tokenizer, self.task, max_tokens, context=self.context
+            self.text.split(split),
+            self.tokenizer,
+            self.task,
+            max_tokens,
+            context=self.context,
+            batch_tokens=batch_tokens,
+            minimum=0 if split == "heal" else limits.MIN_CALIBRATION_TOKENS,
         )
         if self.calibration_file is None and self.task == DECODER_TASK and self.checkpoint.parameters <= _SAMPLE_UP_TO:
             seed = calibration.SPLITS.index(split)
-            sampled = calibration.self_sampled(self.model, min(_SAMPLED_TOKENS, max_tokens), seed)
+            sampled = calibration.self_sampled(self.model, min(_SAMPLED_TOKENS, max_tokens), seed, batch_tokens)
             return Batches(f"{found.origin} + {sampled.origin}", found.items + sampled.items)
         return found
 
     @cached_property
     def search_batches(self) -> Batches:
-        """What whole plans are compared on: text that calibrated nothing and that no figure is reported on."""
-        return self.batches("heal", EVALUATION_TOKENS)
+        """What whole plans are compared on: text that taught nothing and that no figure is reported on."""
+        return self.batches("search", EVALUATION_TOKENS)
+
+    @cached_property
+    def healing_batches(self) -> Batches:
+        """What a compressed model learns from: the text that calibrated it and more, in batches of a training step's
+        size.
+        """
+        parts = [self.batches(split, HEALING_TOKENS, batch_tokens=HEALING_BATCH) for split in ("calibrate", "heal")]
+        return Batches(" + ".join(p.origin for p in parts), tuple(b for p in parts for b in p.items))
+
+    @cached_property
+    def judging_batches(self) -> Batches:
+        """What a healing run is judged on along the way: every other batch of `search_batches`."""
+        return Batches(self.search_batches.origin, self.search_batches.items[::2])
 
     @cached_property
     def report_batches(self) -> Batches:
@@ -149,6 +173,27 @@ class Workspace:
     @cached_property
     def _tied(self) -> dict[str, str | None]:
         return {layer.name: layer.tied_to for layer in self.layers}
+
+    def divergence_on_search(self, model: transformers.PreTrainedModel) -> float:
+        """What plans are compared by."""
+        return self.divergence(model, self.search_batches)
+
+    def divergence_on_second_text(self, model: transformers.PreTrainedModel) -> float:
+        """On text that neither calibrated nor compared plans: has a long search only learnt the text it was measured
+        on?
+        """
+        return self.divergence(model, self._second_batches)
+
+    def accepted_loss(self, model: transformers.PreTrainedModel) -> float:
+        """What `--max-loss` limits: 1 − mean cosine, or the relative increase of perplexity."""
+        if self.pooling is not None:
+            return self.divergence_on_search(model)
+        found = self.language_quality(torch_logits(model), self.search_batches)
+        return found.perplexity / found.dense_perplexity - 1.0
+
+    @cached_property
+    def _second_batches(self) -> Batches:
+        return self.batches("heal", EVALUATION_TOKENS)
 
     def divergence(self, model: transformers.PreTrainedModel, batches: Batches) -> float:
         """End-to-end loss against the dense model: KL [nats per token], or 1 − mean cosine."""
@@ -178,10 +223,21 @@ class Workspace:
         return {}
 
     @contextmanager
-    def substituted(self, factors: Mapping[str, Factors]) -> Iterator[transformers.PreTrainedModel]:
-        """A model with the factors' matrices in place of the dense weights, for the length of the block."""
+    def substituted(
+        self, factors: Mapping[str, Factors], vectors: Mapping[str, NDArray[np.float32]] = MappingProxyType({})
+    ) -> Iterator[transformers.PreTrainedModel]:
+        """A model with the factors' matrices in place of the dense weights, for the length of the block.
+
+        vectors: biases and norms by the model's own names, where they changed too.
+        """
         kept: dict[str, torch.nn.Parameter] = {}
+        plain: dict[str, torch.nn.Parameter] = {}
         try:
+            for name, values in vectors.items():
+                owner, _, attribute = name.rpartition(".")
+                plain[name] = self._trial.get_parameter(name)
+                changed = torch.nn.Parameter(torch.from_numpy(values), requires_grad=False)
+                setattr(self._trial.get_submodule(owner), attribute, changed)
             for name, fitted in factors.items():
                 module = self._trial.get_submodule(name)
                 weight = module.weight
@@ -192,12 +248,15 @@ class Workspace:
         finally:
             for name, parameter in kept.items():
                 self._trial.get_submodule(name).weight = parameter
+            for name, parameter in plain.items():
+                owner, _, attribute = name.rpartition(".")
+                setattr(self._trial.get_submodule(owner), attribute, parameter)
 
 
 def require_text(workspace: Workspace) -> None:
     """Fail before long work when the text cannot serve all three splits. Raises CalibrationError."""
     for split in calibration.SPLITS:
-        if not workspace.text.split(split).items:
+        if split != "heal" and not workspace.text.split(split).items:
             raise CalibrationError(
                 f"{workspace.text.origin}: {len(workspace.text.items)} items leave the {split} "
                 "split empty; give more with --calibration"

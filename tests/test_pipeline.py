@@ -89,7 +89,7 @@ def edited(sources: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -
     base = tmp_path_factory.mktemp("plans")
 
     def write(name: str, changes: dict[str, tuple[str, tuple[int, ...], str]], start: str = "dense:int4-b32") -> Path:
-        made = pipeline._explicit_plan(Workspace(sources[name]), start, "onnx-x64")
+        made = pipeline.explicit_plan(Workspace(sources[name]), start, "onnx-x64")
         body = re.sub(
             r"^  ([\w.]+): \{.*\}$", lambda match: _line(match, changes), write_plan(made), flags=re.MULTILINE
         )

@@ -24,8 +24,12 @@ Embed = Callable[[Sequence[str]], NDArray[np.float32]]
 
 def embed_batch(model: transformers.PreTrainedModel, batch: dict[str, Tensor], pooling: Pooling) -> Tensor:
     """Sentence embeddings [B, d] of one token batch."""
-    hidden = model(**batch).last_hidden_state
-    mask = batch["attention_mask"].unsqueeze(-1).to(hidden.dtype)
+    return pool(model(**batch).last_hidden_state, batch["attention_mask"], pooling)
+
+
+def pool(hidden: Tensor, attention_mask: Tensor, pooling: Pooling) -> Tensor:
+    """Token states [B, T, d], mask [B, T] → sentence embeddings [B, d]."""
+    mask = attention_mask.unsqueeze(-1).to(hidden.dtype)
     if pooling.mode == "cls":
         pooled = hidden[:, 0]
     elif pooling.mode == "max":

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -31,6 +32,10 @@ Progress = Callable[[int, int, float], None]
 
 METHODS = ("greedy", "none", "anneal")
 
+_ANNEALING_S = 300.0
+"""What `anneal` may take when no time is named [seconds]."""
+_UNLIMITED = 10_000
+"""Evaluations of a search that is limited by its time."""
 _TILT = math.log(1.5)
 _BATCH = 5
 _STAY = math.log(0.95)
@@ -60,6 +65,18 @@ class Search:
             raise UsageError(f"search: {self.evaluations} evaluations; at least 1 plan has to be measured")
         if self.seconds is not None and not self.seconds > 0:
             raise UsageError(f"search: a time limit of {self.seconds} seconds; expected a positive number")
+
+
+def parse_search(text: str, seed: int = 0) -> Search:
+    """"none", "greedy", "anneal" or "anneal:10min" (also s). Raises UsageError."""
+    method, _, limit = text.partition(":")
+    if not limit:
+        return Search(method, seconds=_ANNEALING_S if method == "anneal" else None, seed=seed)
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)(min|s)", limit)
+    if not match:
+        raise UsageError(f"--search {text}: expected a time after the colon, such as anneal:10min or anneal:90s")
+    seconds = float(match[1]) * (60 if match[2] == "min" else 1)
+    return Search(method, evaluations=_UNLIMITED if method == "anneal" else 24, seconds=seconds, seed=seed)
 
 
 Key = frozenset[tuple[str, object, str]]

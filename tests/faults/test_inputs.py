@@ -181,7 +181,7 @@ def test_a_recipe_with_an_unknown_key(export: Callable[..., Said], model: Path, 
 
 
 def test_a_plan_with_a_rank_above_its_cuts_maximum(export: Callable[..., Said], model: Path, tmp_path: Path) -> None:
-    text = write_plan(pipeline._explicit_plan(Workspace(model), "uniform:0.5", "onnx-x64"))
+    text = write_plan(pipeline.explicit_plan(Workspace(model), "uniform:0.5", "onnx-x64"))
     (tmp_path / "plan.yaml").write_text(text.replace("ranks: [32]", "ranks: [160]", 1), encoding="utf-8")
     check_failure(
         export(model, "--plan", tmp_path / "plan.yaml"), 1, rf"plan\.yaml: layer '{LAYER}': rank 160 .* 1 … 128"
@@ -189,7 +189,7 @@ def test_a_plan_with_a_rank_above_its_cuts_maximum(export: Callable[..., Said], 
 
 
 def test_a_plan_for_a_layer_that_is_not_there(export: Callable[..., Said], model: Path, tmp_path: Path) -> None:
-    text = write_plan(pipeline._explicit_plan(Workspace(model), "uniform:0.5", "onnx-x64"))
+    text = write_plan(pipeline.explicit_plan(Workspace(model), "uniform:0.5", "onnx-x64"))
     (tmp_path / "plan.yaml").write_text(text.replace(LAYER, "model.layers.7.gate"), encoding="utf-8")
     check_failure(
         export(model, "--plan", tmp_path / "plan.yaml"), 1, r"layer 'model\.layers\.7\.gate' is not in the model"

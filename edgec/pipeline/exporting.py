@@ -1,0 +1,356 @@
+"""`edgec export`: every stage in order, and nothing is called done before it was verified."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import logging
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from edgec import healing, modeling, outputs
+from edgec._version import __version__
+from edgec.checkpoint import Checkpoint
+from edgec.compress import store
+from edgec.compress.overlay import write_overlay
+from edgec.errors import BudgetError, UsageError
+from edgec.export import verify
+from edgec.export.onnx import exporter
+from edgec.export.targets import get_target
+from edgec.fit import Factors
+from edgec.heal.settings import HealSettings
+from edgec.modeling import DECODER_TASK
+from edgec.pipeline.stages import (
+    Goal,
+    Progress,
+    evaluator,
+    explicit_plan,
+    fit,
+    manifest_bytes,
+    planning_sizes,
+    profile_of,
+    search_plan,
+    silent,
+    statistics_for,
+)
+from edgec.plan.acceptance import parse_max_loss
+from edgec.plan.budget import Budget, parse_budget
+from edgec.plan.planner import Sizes, check_plan, finalists, plan_of
+from edgec.plan.refine import Search
+from edgec.profile.store import Profile
+from edgec.records import MANIFEST_NAME, MANIFEST_VERSION, Plan, Target, as_dict
+from edgec.runtime.ort_decoder import OrtDecoder
+from edgec.runtime.ort_encoder import OrtEncoder
+from edgec.workspace import Workspace
+
+logger = logging.getLogger(__name__)
+
+_REPLANS = 4
+"""How often a plan is made again with a better estimate of what ships beside it."""
+_HEAT_SHARE = 0.12
+"""Share of the healing that each finalist gets before the best goes on alone."""
+_FINALISTS = 3
+
+
+@dataclass(frozen=True)
+class ExportRequest:
+    """What `edgec export` was asked for. plan: a YAML file or a constraint; profile: a folder made by `edgec profile`;
+    plain: fit a given plan without activations (no calibration run; for speed tests). quality: measure the result
+    on held-out text; off only for random weights, whose quality means nothing. max_loss: a line ("1%") in place of a
+    budget.
+    """
+
+    model: Path
+    target: str
+    out: Path
+    budget: str | None = None
+    max_loss: str | None = None
+    plan: str | None = None
+    calibration: Path | None = None
+    profile: Path | None = None
+    heal: HealSettings = field(default_factory=HealSettings)
+    search: Search = field(default_factory=Search)
+    plain: bool = False
+    quality: bool = True
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What came out: the folder, its plan, its manifest."""
+
+    out: Path
+    plan: Plan
+    manifest: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class _Product:
+    """A plan made real. source: the checkpoint whose biases and norms ship, which healing may have changed."""
+
+    plan: Plan
+    factors: Mapping[str, Factors]
+    written: exporter.Written
+    source: Checkpoint
+    healing: Mapping[str, Any] = field(default_factory=dict)
+
+
+class _Export:
+    """One export under way."""
+
+    def __init__(self, request: ExportRequest, target: Target, stage: Path, work: Path, progress: Progress) -> None:
+        self.request, self.target, self.stage, self.work, self.progress = request, target, stage, work, progress
+        self.workspace = Workspace(request.model, request.calibration)
+
+    def run(self, goal: Goal) -> _Product:
+        request, workspace = self.request, self.workspace
+        exporter.refuse_unsupported(workspace.checkpoint, workspace.task)
+        workspace.require_finite()
+        if request.plan is not None:
+            made = explicit_plan(workspace, request.plan, request.target)
+            found = statistics_for(workspace, made, request.profile, request.plain, self.progress)
+            factors = fit(workspace, made.choices, found, self.progress)
+            product = self._written(made, factors, workspace.checkpoint)
+            return self._healed(product, None, [])
+        return self._planned(goal)
+
+    def _planned(self, goal: Goal) -> _Product:
+        """Plan, fit and write until the files that were really written are within the budget; then heal."""
+        workspace = self.workspace
+        self.progress("building the graph", 0, 1)
+        graph = exporter.dense_graph(workspace.checkpoint, workspace.task, self.work)
+        self.progress("building the graph", 1, 1)
+        sizes = planning_sizes(workspace, graph, self.work)
+        found = profile_of(workspace, self.target, self.request.profile, self.progress)
+        over = 0.0
+        for _ in range(_REPLANS):
+            plans = self._plans(found, goal, sizes)
+            factors = fit(workspace, plans[0].choices, found, self.progress)
+            product = self._written(plans[0], factors, workspace.checkpoint)
+            over = self._overrun(goal.budget, product.written)
+            if over <= 0:
+                return self._healed(product, found, plans[1:], goal.budget)
+            logger.info("the written model is %d bytes over the budget; planning again", over)
+            sizes = replace(sizes, other_bytes=sizes.other_bytes + int(over) + 64)
+        raise BudgetError(
+            f"budget {goal}: no plan fits after {_REPLANS} tries; the last was {over:.0f} bytes over. Raise --budget"
+        )
+
+    def _plans(self, found: Profile, goal: Goal, sizes: Sizes) -> list[Plan]:
+        """The best plan, and where healing follows, others of another structure: healing may reverse their order."""
+        if self.request.heal.mode == "off" or goal.budget is None:
+            return [search_plan(self.workspace, found, self.target, goal, sizes, self.progress)]
+        evaluate = evaluator(self.workspace, found, self.workspace.divergence_on_search)
+        entries = finalists(
+            found,
+            self.target,
+            goal.budget,
+            sizes,
+            evaluate,
+            goal.search,
+            progress=lambda done, total, loss: self.progress("trying plans", done, total),
+        )[:_FINALISTS]
+        told = "measured loss: " + ", ".join(f"{name} {loss:.3g}" for name, _, loss in entries)
+        return [plan_of(found, self.target, str(goal), sizes, choices, [told]) for _, choices, _ in entries]
+
+    def _written(self, plan: Plan, factors: Mapping[str, Factors], source: Checkpoint) -> _Product:
+        graph = exporter.dense_graph(source, self.workspace.task, self.work)
+        return _Product(plan, factors, _write(source, graph, factors, self.target, self.stage, self.progress), source)
+
+    def _healed(
+        self, product: _Product, found: Profile | None, rivals: Sequence[Plan], budget: Budget | None = None
+    ) -> _Product:
+        """The product after healing, which is the product itself where healing is off or does not help."""
+        settings = self.request.heal
+        if settings.mode == "off":
+            return product
+        state_file = self.request.out.absolute().parent / f".{self.request.out.name}.heal.safetensors"
+        plan, start = product.plan, healing.Start(product.factors)
+        if rivals and not healing.reason_to_skip(self.workspace, settings, product.factors):
+            heats = [(plan, start)] + [
+                (p, healing.Start(fit(self.workspace, p.choices, found, silent))) for p in rivals
+            ]
+            tried = []
+            for number, (rival, entry) in enumerate(heats):
+                heat = settings.shortened(_HEAT_SHARE)
+                healed = healing.heal(
+                    self.workspace, entry, heat, progress=self._told(f"healing finalist {number + 1}")
+                )
+                tried.append((healed.after, number, rival, healed))
+            told = ", ".join(f"{healed.before:.3g} → {after:.3g}" for after, _, _, healed in tried)
+            after, number, plan, best = min(tried, key=lambda entry: entry[:2])
+            plan = replace(plan, notes=(*plan.notes, f"finalists, briefly healed: {told}; number {number + 1} goes on"))
+            start, settings = (
+                healing.Start(best.factors, best.vectors),
+                settings.shortened(1 - _HEAT_SHARE * len(heats)),
+            )
+        healed = healing.heal(self.workspace, start, settings, state_file=state_file, progress=self._told("healing"))
+        state_file.unlink(missing_ok=True)
+        record = healed.record()
+        plan = replace(plan, notes=(*plan.notes, healed.note))
+        source = self.workspace.checkpoint
+        if healed.vectors:
+            source = write_overlay(source, healed.vectors, self.work / "healed")
+        made = replace(self._written(plan, healed.factors, source), healing=record)
+        if self._overrun(budget, made.written) > 0:
+            logger.warning("the healed model is over the budget; it ships as it was before")
+            return self._written(product.plan, product.factors, product.source)
+        return made
+
+    def _told(self, stage: str) -> healing.Progress:
+        return lambda done, total: self.progress(stage, done, total)
+
+    def _overrun(self, budget: Budget | None, written: exporter.Written) -> float:
+        """Bytes that the written files are over the budget; negative when they are within it."""
+        if budget is None:
+            return -1.0
+        companions = sum(f.stat().st_size for f in self.stage.rglob("*") if f.is_file()) - written.model_bytes
+        files = companions + manifest_bytes(self.workspace)
+        return written.model_bytes - budget.model_bytes(self.workspace.checkpoint.parameters, files)
+
+
+def export(request: ExportRequest, progress: Progress = silent) -> Exported:
+    """Everything: the folder that a runtime loads, verified, with its manifest; whole or not at all."""
+    target = get_target(request.target)
+    goal = _goal(request, target)
+    outputs.check_free(request.out, force=request.force)
+    compressed = store.is_compressed(request.model)
+    if compressed and (request.plan or request.budget or request.max_loss or request.profile):
+        raise UsageError(
+            f"{request.model} is already compressed; --plan, --budget, --max-loss and --profile belong to the dense "
+            "model"
+        )
+    if compressed and request.heal.mode not in ("off", "auto"):
+        raise UsageError(
+            f"{request.model} is already compressed and its dense original is not here to learn from; leave --heal out"
+        )
+    out = request.out
+    with outputs.staged_folder(out, force=request.force) as stage, outputs.work_folder(out) as work:
+        if compressed:
+            request = replace(request, quality=False)  # its dense original is not here to compare with
+            workspace, made, factors = _from_compressed(request, target, work)
+            graph = exporter.dense_graph(workspace.checkpoint, workspace.task, work)
+            written = _write(workspace.checkpoint, graph, factors, target, stage, progress)
+            product = _Product(made, factors, written, workspace.checkpoint)
+        else:
+            run = _Export(request, target, stage, work, progress)
+            workspace, product = run.workspace, run.run(goal)
+        manifest = _verified_manifest(workspace, product, target, stage, request, progress)
+        (stage / MANIFEST_NAME).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        if goal.budget is not None and product.plan.budget == str(goal.budget):
+            _require_within(goal.budget, stage, product.written)
+    return Exported(request.out, product.plan, manifest)
+
+
+def _goal(request: ExportRequest, target: Target) -> Goal:
+    if request.plan and (request.budget or request.max_loss):
+        raise UsageError(
+            "--plan already decides every layer; leave --budget and --max-loss out, or make a plan that fits with "
+            "`edgec plan --budget`"
+        )
+    if request.max_loss:
+        if request.budget:
+            raise UsageError("--budget limits the size and --max-loss the loss; give one of them")
+        return Goal(line=parse_max_loss(request.max_loss), search=request.search)
+    return Goal(parse_budget(request.budget or target.default_budget), search=request.search)
+
+
+def _require_within(budget: Budget, stage: Path, written: exporter.Written) -> None:
+    """The last look, at the finished folder itself. Raises BudgetError."""
+    whole = sum(f.stat().st_size for f in stage.rglob("*") if f.is_file())
+    if budget.kind == "size" and not whole <= budget.value:
+        raise BudgetError(
+            f"budget {budget}: the finished folder has {whole} bytes, {whole - written.model_bytes} of them beside the "
+            "model; raise --budget a little"
+        )
+
+
+def _write(
+    source: Checkpoint, graph: Any, factors: Mapping[str, Factors], target: Target, stage: Path, progress: Progress
+) -> exporter.Written:
+    written = exporter.write_model(graph, factors, target, stage, lambda d, t: progress("writing", d, t))
+    exporter.write_companions(source, graph, stage)
+    return written
+
+
+def _from_compressed(request: ExportRequest, target: Target, work: Path) -> tuple[Workspace, Plan, dict[str, Factors]]:
+    """A compressed folder as a workspace over its densified weights, its plan, its factors as they were stored."""
+    opened = store.open_compressed(request.model)
+    exporter.refuse_unsupported(opened.checkpoint, modeling.task_of(opened.checkpoint))
+    opened.checkpoint.check_finite()
+    checkpoint = store.densify(opened, work / "dense")
+    workspace = Workspace(checkpoint.folder, request.calibration)
+    check_plan(replace(opened.plan, fingerprint=""), workspace.layers, target, "")
+    note = f"exported from a compressed folder: `edgec eval {request.out.name} --model DENSE` measures its quality"
+    return workspace, replace(opened.plan, notes=(*opened.plan.notes, note)), store.read_factors(opened)
+
+
+def _verified_manifest(
+    workspace: Workspace,
+    product: _Product,
+    target: Target,
+    stage: Path,
+    request: ExportRequest,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Parity, then quality of the shipped files, then the manifest that records both. Raises VerificationError."""
+    made, factors, written = product.plan, product.factors, product.written
+    progress("verifying", 0, 3)
+    batches = workspace.report_batches if request.quality else workspace.random_batches
+    compressed = store.assemble(product.source, factors)
+    parity = verify.verify_parity(stage, compressed, workspace.task, batches)
+    del compressed
+    progress("verifying", 1, 3)
+    quality = measure_quality(workspace, stage) if request.quality else {}
+    progress("verifying", 2, 3)
+    hashes = {str(f.relative_to(stage)): _sha256(f) for f in sorted(stage.rglob("*")) if f.is_file()}
+    progress("verifying", 3, 3)
+    parameters = workspace.checkpoint.parameters
+    return {
+        "kind": "artifact",
+        "version": MANIFEST_VERSION,
+        "edgec": __version__,
+        "task": workspace.task,
+        "target": target.name,
+        "fingerprint": made.fingerprint,
+        "versions": _versions(),
+        "plan": as_dict(made),
+        "sizes": {
+            "model_bytes": written.model_bytes,
+            "dense_fp16_bytes": 2 * parameters,
+            "parameters": parameters,
+            "total_bpw": 8 * written.model_bytes / parameters,
+            "linear_bpw": made.linear_bpw(),
+            "layers": {name: fitted.stored_bytes for name, fitted in sorted(factors.items())},
+        },
+        "healing": dict(product.healing),
+        "parity": asdict(parity),
+        "quality": quality,
+        "files": hashes,
+    }
+
+
+def measure_quality(workspace: Workspace, artifact: Path) -> dict[str, Any]:
+    """Quality of an exported folder against the dense model on held-out text, by the runtime that will execute it."""
+    batches = workspace.report_batches
+    if workspace.task == DECODER_TASK:
+        decoder = OrtDecoder(artifact)
+        found = workspace.language_quality(lambda ids: verify.stacked_logits(decoder, ids), batches)
+        return {**asdict(found), "perplexity_ratio": found.perplexity / found.dense_perplexity, "text": batches.origin}
+    encoder = OrtEncoder(artifact)
+    vectors = verify.stacked_embeddings(encoder, batches)
+    return {**asdict(workspace.encoder_quality(vectors, batches)), "text": batches.origin}
+
+
+def _versions() -> dict[str, str]:
+    names = ("torch", "transformers", "onnx", "onnx-ir", "onnxruntime", "onnxruntime-genai", "numpy")
+    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in names}}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,168 @@
+"""The pieces that several verbs share: profiles, plans found and fitted, losses measured.
+
+Where a stage needs a judgement from further on (a plan wants its end-to-end loss) it gets a callback from here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from edgec.compress.apply import fit_choices
+from edgec.errors import UsageError
+from edgec.export.onnx import exporter
+from edgec.export.targets import get_target
+from edgec.fit import Factors
+from edgec.modeling import Layer
+from edgec.plan import files as plan_files
+from edgec.plan.acceptance import Line, plan_to_loss
+from edgec.plan.budget import Budget
+from edgec.plan.candidates import candidates
+from edgec.plan.planner import Sizes, check_plan, constrained_plan, plan_to_budget
+from edgec.plan.refine import Search
+from edgec.profile.activations import collect
+from edgec.profile.profiler import build_profile
+from edgec.profile.store import Profile, load_profile
+from edgec.quantize.formats import LayerFormat
+from edgec.records import Choice, Plan, Target
+from edgec.workspace import CALIBRATION_TOKENS, Workspace, require_text
+
+Progress = Callable[[str, int, int], None]
+"""(stage, done, total): the command line draws bars from it."""
+
+
+def silent(stage: str, done: int, total: int) -> None:
+    """No progress wanted."""
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What a plan is to reach: a budget, or a line of loss with the fewest bytes; and how hard to look for it."""
+
+    budget: Budget | None = None
+    line: Line | None = None
+    search: Search = field(default_factory=Search)
+
+    def __str__(self) -> str:
+        return str(self.line or self.budget)
+
+
+def make_profile(workspace: Workspace, targets: list[Target], progress: Progress = silent) -> Profile:
+    require_text(workspace)
+
+    def offered(layer: Layer, incompressible: bool) -> list[tuple[Any, Any]]:
+        tied = layer.tied_to is not None
+        return candidates(targets, layer.role, layer.shape, incompressible=incompressible, tied=tied)
+
+    return build_profile(
+        workspace.model,
+        workspace.checkpoint,
+        workspace.layers,
+        workspace.batches("calibrate", CALIBRATION_TOKENS),
+        pooling=workspace.pooling,
+        candidates=offered,
+        cache=workspace.cache,
+        progress=progress,
+    )
+
+
+def search_plan(
+    workspace: Workspace, found: Profile, target: Target, goal: Goal, sizes: Sizes, progress: Progress
+) -> Plan:
+    """The best plan that measuring finds. Raises BudgetError or PlanError where nothing reaches the goal."""
+
+    def told(done: int, total: int, loss: float) -> None:
+        progress("trying plans", done, total)
+
+    loss = evaluator(workspace, found, workspace.divergence_on_search)
+    if goal.line is not None:
+        return plan_to_loss(
+            found,
+            target,
+            goal.line,
+            sizes,
+            evaluator(workspace, found, workspace.accepted_loss),
+            goal.search,
+            progress=told,
+        )
+    assert goal.budget is not None
+    confirm = (
+        evaluator(workspace, found, workspace.divergence_on_second_text) if goal.search.method == "anneal" else None
+    )
+    return plan_to_budget(found, target, goal.budget, sizes, loss, goal.search, confirm=confirm, progress=told)
+
+
+def evaluator(workspace: Workspace, found: Profile, loss: Callable[[Any], float]) -> Callable[[list[Choice]], float]:
+    """Measured loss of whole plans: choices → `loss` of the dense model with them in place."""
+
+    def evaluate(choices: list[Choice]) -> float:
+        factors = fit(workspace, choices, found, silent)
+        with workspace.substituted(factors) as model:
+            return loss(model)
+
+    return evaluate
+
+
+def statistics_for(
+    workspace: Workspace, made: Plan, folder: Path | None, plain: bool, progress: Progress
+) -> Profile | None:
+    """What fitting a given plan needs of the activations: from a profile folder, measured now, or nothing at all."""
+    if folder is not None:
+        return load_profile(folder, workspace.checkpoint)
+    lossless = all(c.spec.kind == "dense" and not LayerFormat.parse(c.format).quantised for c in made.choices)
+    if plain or lossless:
+        return None
+    require_text(workspace)
+    statistics = collect(
+        workspace.model,
+        workspace.layers,
+        workspace.batches("calibrate", CALIBRATION_TOKENS),
+        pooling=workspace.pooling,
+        curvature=False,
+        progress=lambda done, total: progress("calibrating", done, total),
+    )
+    return Profile(workspace.checkpoint.fingerprint, workspace.text.origin, statistics.tokens, (), statistics)
+
+
+def explicit_plan(workspace: Workspace, text: str, target: str) -> Plan:
+    """--plan: a YAML file, or a constraint such as uniform:0.5."""
+    fingerprint, chosen = workspace.checkpoint.fingerprint, get_target(target)
+    if Path(text).is_file():
+        made = plan_files.read_plan(Path(text), workspace.layers)
+        check_plan(made, workspace.layers, chosen, fingerprint)
+        return made
+    if ":" not in text:
+        raise UsageError(f"--plan {text}: no such file, and not a constraint such as uniform:0.5 or dense:fp32")
+    return constrained_plan(text, workspace.layers, chosen, fingerprint)
+
+
+def profile_of(workspace: Workspace, target: Target, folder: Path | None, progress: Progress) -> Profile:
+    return load_profile(folder, workspace.checkpoint) if folder else make_profile(workspace, [target], progress)
+
+
+def planning_sizes(workspace: Workspace, graph: Any, work: Path) -> Sizes:
+    planned = {layer.name for layer in workspace.layers}
+    trial = work / "companions"
+    trial.mkdir(exist_ok=True)
+    companions = exporter.write_companions(workspace.checkpoint, graph, trial) + manifest_bytes(workspace)
+    return Sizes(workspace.checkpoint.parameters, exporter.other_bytes(graph, planned), companions)
+
+
+def manifest_bytes(workspace: Workspace) -> int:
+    """Room for edgec.json in a budget on the whole folder [bytes]; a layer's choice and hashes take about 600."""
+    return 4096 + 1024 * len(workspace.layers)
+
+
+def fit(
+    workspace: Workspace, choices: Sequence[Choice], found: Profile | None, progress: Progress
+) -> dict[str, Factors]:
+    return fit_choices(
+        choices,
+        workspace.weight,
+        workspace.layers,
+        found.statistics.moment if found else lambda name: None,
+        workspace.cache,
+        lambda done, total: progress("fitting", done, total),
+    )
