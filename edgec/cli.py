@@ -48,6 +48,14 @@ ProfileOption = Annotated[
 ]
 Force = Annotated[bool, typer.Option("--force", help="replace an existing output that edgec wrote")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object instead of tables")]
+MaxLoss = Annotated[
+    str | None,
+    typer.Option("--max-loss", help="in place of a budget: the smallest within 1% (1 - cosine, or rise of perplexity)"),
+]
+SearchOption = Annotated[
+    str, typer.Option("--search", help="none, greedy, or anneal with its time: anneal:10min (plans are measured)")
+]
+Seed = Annotated[int, typer.Option(help="of every random choice")]
 BUDGET_HELP = "12MB (the whole folder), 0.3 (of dense fp16), 4bpw (total) or 4bpw-linear (block linears; rest int8)"
 
 
@@ -87,6 +95,14 @@ def export(
     recipe: Annotated[Path | None, typer.Option(help="YAML with target, budget, plan and calibration")] = None,
     calibration: Calibration = None,
     profile: ProfileOption = None,
+    max_loss: MaxLoss = None,
+    search: SearchOption = "greedy",
+    heal: Annotated[
+        str | None, typer.Option(help="distil the dense model into the compressed one: auto, off, 10min, 300steps")
+    ] = None,
+    heal_method: Annotated[str, typer.Option(help="full, or lora: a low-rank change of every core")] = "full",
+    device: Annotated[str, typer.Option(help="where healing runs: cpu, cuda")] = "cpu",
+    seed: Seed = 0,
     plain: Annotated[bool, typer.Option("--plain", help="fit a --plan without activations (speed tests)")] = False,
     no_quality: Annotated[bool, typer.Option("--no-quality", help="skip the quality figures (random weights)")] = False,
     force: Force = False,
@@ -94,30 +110,37 @@ def export(
 ) -> None:
     """Compress MODEL for TARGET and write a folder that its runtime loads as it is, verified.
 
-    Every layer gets the form that costs the least predicted loss per byte: plain low-bit quantization where that is
-    better, factored cores where they are. The whole plan is then measured against the best uniform plans, and the best
-    one ships.
+    Every layer gets the form that costs the least loss per byte: plain low-bit quantization where that is better,
+    factored cores where they are. Whole plans are measured against one another and against the best uniform ones, and
+    the best ships. What that lost is then healed by distillation from the dense model, for as long as --heal says; by
+    default for five minutes at most, where there is something to heal.
 
-    [dim]edgec export ./all-MiniLM-L6-v2 --target onnx-arm64
-    edgec export ./llama --target onnx-x64 --budget 4bpw --calibration my-text.txt -o llama-4bpw[/dim]
+    [dim]edgec export ./all-MiniLM-L6-v2 --target onnx-arm64 edgec export ./llama --target onnx-x64 --budget 4bpw
+    --calibration my-text.txt -o llama-4bpw[/dim]
     """
     from edgec import pipeline
+    from edgec.heal.settings import parse_heal
+    from edgec.plan.refine import parse_search
     from edgec.recipe import Recipe, read_recipe
 
     wanted = (read_recipe(recipe) if recipe else Recipe()).merged(
-        target=target, budget=budget, plan=plan, calibration=calibration
+        target=target, budget=budget, max_loss=max_loss, plan=plan, calibration=calibration, heal=heal
     )
     if wanted.target is None:
         raise UsageError("--target is missing; `edgec targets` lists them")
     folder = output or Path(f"{model.resolve().name}-{wanted.target}")
+    healing = "off" if wanted.plan else "auto"  # who names every layer's form wants that form, as it is
     request = pipeline.ExportRequest(
         model=model,
         target=wanted.target,
         out=folder,
         budget=wanted.budget,
+        max_loss=wanted.max_loss,
         plan=wanted.plan,
         calibration=wanted.calibration,
         profile=profile,
+        heal=parse_heal(wanted.heal or healing, method=heal_method, device=device, seed=seed),
+        search=parse_search(search, seed),
         plain=plain,
         quality=not no_quality,
         force=force,
@@ -165,7 +188,10 @@ def profile(
 def plan(
     model: Model,
     target: TargetOption,
-    budget: Annotated[str, typer.Option("--budget", "-b", help=BUDGET_HELP)],
+    budget: Annotated[str | None, typer.Option("--budget", "-b", help=BUDGET_HELP)] = None,
+    max_loss: MaxLoss = None,
+    search: SearchOption = "greedy",
+    seed: Seed = 0,
     output: Annotated[Path | None, typer.Option("--out", "-o", help="plan.yaml to write; default: print it")] = None,
     profile: ProfileOption = None,
     calibration: Calibration = None,
@@ -174,12 +200,22 @@ def plan(
     """Decide the form of every layer under a budget, and write it as YAML to read, edit and give to `compress --plan`.
     """
     from edgec import outputs, pipeline
+    from edgec.plan.acceptance import parse_max_loss
+    from edgec.plan.budget import parse_budget
     from edgec.plan.files import write_plan
+    from edgec.plan.refine import parse_search
     from edgec.records import as_dict
     from edgec.report import plan_table
 
+    if bool(budget) == bool(max_loss):
+        raise UsageError("give --budget (a size) or --max-loss (a line), one of the two")
+    goal = pipeline.Goal(
+        parse_budget(budget) if budget else None,
+        parse_max_loss(max_loss) if max_loss else None,
+        parse_search(search, seed),
+    )
     with console.progress() as bars:
-        made = pipeline.plan(model, target, budget, profile_folder=profile, calibration=calibration, progress=bars)
+        made = pipeline.plan(model, target, goal, profile_folder=profile, calibration=calibration, progress=bars)
     if output is not None:
         with outputs.written_file(output) as temporary:
             temporary.write_text(write_plan(made), encoding="utf-8")
@@ -351,6 +387,41 @@ def bench(
         console.write_bench_report(report, rows, tuple(artifacts or ()), ["edgec " + " ".join(sys.argv[1:])])
         if not as_json:
             console.line(out, f"wrote {report}")
+
+
+@app.command()
+def advise(
+    model: Model,
+    target: TargetOption,
+    ram: Annotated[str, typer.Option(help="memory of the whole process: 512MB, 2GB")],
+    latency: Annotated[str | None, typer.Option(help="per token (causal LM) or sentence (encoder): 30ms, 0.5s")] = None,
+    max_loss: Annotated[str, typer.Option("--max-loss", help="acceptable: 1 − cosine, or rise of perplexity")] = "1%",
+    context: Annotated[int, typer.Option(min=0, help="tokens of one sequence; 0: 2048 (causal LM), 32 (encoder)")] = 0,
+    batch: Annotated[int, typer.Option(min=1, max=4096, help="sequences at once")] = 1,
+    threads: Annotated[int, typer.Option(min=0, max=1024, help="0: all physical cores")] = 0,
+    profile: ProfileOption = None,
+    calibration: Calibration = None,
+    smaller: Annotated[Path | None, typer.Option(help="a smaller checkpoint to weigh against this one")] = None,
+    measured: Annotated[Path | None, typer.Option(help="output of `edgec bench --json` on the target")] = None,
+    measure: Annotated[bool, typer.Option("--measure", help="measure every plan's loss end to end (minutes)")] = False,
+    as_json: Json = False,
+) -> None:
+    """Say whether to deploy, and what: as it is, quantised, factored, or a smaller model; with the arithmetic.
+
+    [dim]edgec advise ./llama --target onnx-x64 --ram 2GB --latency 30ms[/dim]
+    """
+    from edgec import advise as advising
+    from edgec import console_advice
+
+    request = advising.AdviceRequest(
+        model, target, ram, latency, max_loss, context, batch, threads, profile, calibration, smaller, measured, measure
+    )
+    with console.progress() as bars:
+        found = advising.advise(request, bars)
+    if as_json:
+        print(json.dumps(console_advice.advice_summary(found), allow_nan=False))
+    else:
+        console_advice.print_advice(out, found)
 
 
 @app.command()
