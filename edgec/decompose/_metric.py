@@ -44,6 +44,20 @@ def marginal(h: Array | None, left: int, right: int) -> SecondMoment | None:
     return SecondMoment(np.einsum("asat->st", h.reshape(left, right, left, right)) / left)
 
 
+def marginal_roots(h: Array | None, modes: tuple[int, ...]) -> list[Array] | None:
+    """Lower-triangular root of the marginal moment of each of one or two input modes; None without a moment."""
+    if h is None:
+        return None
+    if len(modes) == 1:
+        return [SecondMoment(h).root]
+    left, right = modes
+    four = h.reshape(left, right, left, right)
+    return [
+        SecondMoment(np.einsum("asbs->ab", four) / right).root,
+        SecondMoment(np.einsum("asat->st", four) / left).root,
+    ]
+
+
 def right_singular(matrix: Array, rank: int) -> Array:
     """Leading right singular vectors [cols, rank], orthonormal, largest first, through the smaller Gram matrix.
 

@@ -25,7 +25,7 @@ from scipy.linalg import solve_triangular
 
 from edgec.contraction import Contraction, MatMul, Reshape, Step, Transpose, parameters
 from edgec.decompose import Finish
-from edgec.decompose._metric import MAX_STATE, marginal, refit, ridged, right_singular, solve
+from edgec.decompose._metric import MAX_STATE, marginal, marginal_roots, refit, ridged, right_singular, solve
 from edgec.decompose._modes import balanced, split
 from edgec.errors import NumericsError, PlanError
 from edgec.moments import SecondMoment
@@ -103,10 +103,9 @@ def factorize(weight: Array, spec: Spec, moment: SecondMoment | None, finish: Fi
     made, kept = spec.ranks[: len(outs)], spec.ranks[len(outs) :]
     h = None if moment is None or moment.width > MAX_STATE else ridged(moment.matrix)
     tensor = np.asarray(weight, dtype=np.float64).reshape(*outs, *ins)
-    roots = _roots(h, ins)
-    for axis, root in enumerate(roots, start=len(outs)):
-        if root is not None:
-            tensor = _along(tensor, root.T, axis)
+    roots = marginal_roots(h, ins)
+    for axis, root in enumerate(roots or (), start=len(outs)):
+        tensor = _along(tensor, root.T, axis)
     bases = _subspaces(tensor, spec.ranks)
 
     m, state = np.asarray(weight, dtype=np.float64), list(ins)
@@ -114,9 +113,8 @@ def factorize(weight: Array, spec: Spec, moment: SecondMoment | None, finish: Fi
         if kept[axis] == ins[axis]:
             continue
         rows = bases[len(outs) + axis].T
-        root = roots[axis]
-        if root is not None:  # back from whitened coordinates
-            rows = solve_triangular(root, rows.T, trans="T", lower=True, check_finite=False).T
+        if roots is not None:  # back from whitened coordinates
+            rows = solve_triangular(roots[axis], rows.T, trans="T", lower=True, check_finite=False).T
         m, h = _last(m, h, state, axis)
         left = math.prod(state) // state[axis]
         seen = np.asarray(finish(f"input{axis + 1}", rows, marginal(h, left, state[axis])), dtype=np.float64)
@@ -159,19 +157,6 @@ def _core_and_outputs(
             seen = SecondMoment(np.einsum(f"{order},pq->xy", four, beside))
         fitted = solve(normal, right)
         factors[axis] = np.asarray(finish(f"output{axis + 1}", fitted, seen), dtype=np.float64)
-
-
-def _roots(h: Array | None, ins: tuple[int, ...]) -> list[Array | None]:
-    """Lower-triangular root of every input mode's marginal moment, None without a moment."""
-    if h is None:
-        return [None] * len(ins)
-    if len(ins) == 1:
-        return [SecondMoment(h).root]
-    four = h.reshape(*ins, *ins)
-    return [
-        SecondMoment(np.einsum("asbs->ab", four) / ins[1]).root,
-        SecondMoment(np.einsum("asat->st", four) / ins[0]).root,
-    ]
 
 
 def _subspaces(tensor: Array, ranks: tuple[int, ...]) -> list[Array]:
