@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 _CLOSE = 1.01
 """Bisection stops when the smallest budget that is good enough is within 1 % of one that is not."""
-_STEP = 0.97
+_STEP = 0.98
 """Share of the bytes that the next refinement is given."""
 
 
@@ -137,9 +137,10 @@ class _Descent:
         groups = Groups.of_layers(list(self.offer.choices))
         while self.left > 0 and self.bytes * _STEP >= self.offer.floor:
             offer = self.offer.at(self.bytes * _STEP)
-            start = offer.allocate(learn(groups, self.ledger.records))
+            corrected = offer.allocate(learn(groups, self.ledger.records))
+            starts = [("corrected", corrected), ("allocated", offer.allocate())]
             left = replace(self.search, evaluations=self.left, seconds=self._seconds_left())
-            found = refine(offer, [("allocated", start)], self.ledger, left, goal=self.line.value)
+            found = refine(offer, starts, self.ledger, left, goal=self.line.value)
             if not self.take(found.choices, found.loss):
                 return
 

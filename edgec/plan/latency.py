@@ -58,8 +58,9 @@ class CostModel:
         known = sorted(self.prices)
         below = max((r for r in known if r <= rows), default=known[0])
         above = min((r for r in known if r >= rows), default=known[-1])
-        if below == above:  # beyond the last ones, the multiplications still count
-            return self.prices[below].matmul(n, k, fmt, rows)
+        if below == above:  # beyond what was measured, time grows with the rows; being a node costs the same
+            prices = self.prices[below]
+            return prices.node + (prices.matmul(n, k, fmt, below) - prices.node) * rows / below
         low, high = (max(self.prices[r].matmul(n, k, fmt, r), _SMALLEST_MS) for r in (below, above))
         weight = math.log(rows / below) / math.log(above / below)
         return math.exp((1 - weight) * math.log(low) + weight * math.log(high))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 
+import landscapes_for_tests as landscapes
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,9 +16,19 @@ from edgec.fit import stored_bytes
 from edgec.modeling import Layer
 from edgec.plan.budget import parse_budget
 from edgec.plan.candidates import candidates
-from edgec.plan.planner import Sizes, check_plan, constrained_plan, make_choice, plan_to_budget
+from edgec.plan.latency import Pace
+from edgec.plan.planner import (
+    Sizes,
+    check_plan,
+    constrained_plan,
+    finalists,
+    make_choice,
+    plan_to_budget,
+    protection_note,
+)
+from edgec.plan.refine import Search
 from edgec.quantize.formats import CoreFormat
-from edgec.records import Choice, LayerProfile, Spec, Target
+from edgec.records import Choice, LayerProfile, Plan, Spec, Target
 
 X64, ARM64 = get_target("onnx-x64"), get_target("onnx-arm64")
 LAYERS = [
@@ -24,6 +36,8 @@ LAYERS = [
     *(Layer(f"block.{i}.{n}", "linear", s) for i in range(2) for n, s in (("up", (256, 128)), ("down", (128, 256)))),
     Layer("head", "head", (512, 128), tied_to="embed"),
 ]
+MISLED = landscapes.truth({"svd int4": 0.35, "svd int8": 0.35, "residual int2+int8": 3.0}, {0: 4.0, 3: 0.5})
+MADE = landscapes.profile()
 PARAMETERS = 512 * 128 + 4 * 128 * 256
 SIZES = Sizes(PARAMETERS, other_bytes=10_000)
 
@@ -113,7 +127,7 @@ def test_every_uniform_rival_is_tried_and_the_measured_best_wins() -> None:
         return 1.0 if not uniform else 0.5 - 0.001 * len(seen)
 
     budget = parse_budget("5bpw-linear")
-    plan = plan_to_budget(profile(), X64, budget, SIZES, evaluate)
+    plan = plan_to_budget(profile(), X64, budget, SIZES, evaluate, Search("none"))
     assert len(seen) > 3
     for choices in seen:
         linears = [c for c in choices if c.role == "linear"]
@@ -123,6 +137,86 @@ def test_every_uniform_rival_is_tried_and_the_measured_best_wins() -> None:
     assert any(kind == (("svd", "int8-b32"),) for kind in kinds)
     assert {c.layer: c for c in seen[-1]} == plan.by_layer()
     assert "chosen: uniform" in plan.notes[-1]
+
+
+def test_the_search_says_what_it_gained() -> None:
+    budget = parse_budget("3bpw-linear")
+    plain = plan_to_budget(MADE, X64, budget, landscapes.SIZES, MISLED, Search("none"))
+    plan = plan_to_budget(MADE, X64, budget, landscapes.SIZES, MISLED)
+    assert MISLED(list(plan.choices)) < MISLED(list(plain.choices))
+    assert plan.linear_bpw() <= 3
+    bits, search, measured = plan.notes
+    assert re.fullmatch(r"bits per weight: first block [\d.]+, last block [\d.]+, the others [\d.]+", bits)
+    assert re.match(r"search: \d+ plans measured; the best has [\d.]+, [\d.]+ % lower than", search)
+    assert measured.endswith("chosen: refined")
+    assert [c.layer for c in plan.choices] == [layer.name for layer in landscapes.LAYERS]
+
+
+def test_an_annealed_plan_needs_a_second_text() -> None:
+    with pytest.raises(PlanError, match="give `confirm`"):
+        plan_to_budget(profile(), X64, parse_budget("4bpw"), SIZES, MISLED, Search("anneal"))
+    told = plan_to_budget(
+        profile(), X64, parse_budget("4bpw"), SIZES, MISLED, Search("anneal", evaluations=12), confirm=MISLED
+    ).notes
+    assert any(note.startswith("annealing: ") for note in told)
+
+
+def test_protection_is_read_off_the_plan() -> None:
+    """Bits of the first, the last and the other blocks; of nothing else."""
+    def choice(layer: str, size: int, role: str = "linear") -> Choice:
+        return Choice(layer, role, (8, 8), Spec("dense"), "int8-b32", size, 0)
+
+    layers = (choice("h.0.a", 64), choice("h.1.a", 16), choice("h.2.a", 32), choice("h.3.a", 8), choice("e", 1, "head"))
+    plan = Plan("f", "onnx-x64", "x", layers)
+    assert protection_note(plan) == ("bits per weight: first block 8.00, last block 1.00, the others 3.00",)
+    assert protection_note(replace(plan, choices=layers[:2])) == ()
+
+
+def test_finalists_differ_in_structure() -> None:
+    budget = parse_budget("3bpw-linear")
+    found = finalists(MADE, X64, budget, landscapes.SIZES, MISLED)
+    by_name = {name: choices for name, choices, _ in found}
+    assert set(by_name) >= {"mix", "dense", "factored"}
+    assert [loss for *_, loss in found] == sorted(loss for *_, loss in found)
+    for name, choices, loss in found:
+        linears = [c for c in choices if c.role == "linear"]
+        assert loss == MISLED(choices)
+        assert sum(c.bytes for c in linears) <= budget.linear_bytes(landscapes.LINEAR_PARAMETERS)
+        if name == "dense":
+            assert {c.spec.kind for c in linears} == {"dense"}
+        if name == "factored":  # the small square ones have no factored form that saves anything
+            assert all(c.spec.kind not in ("dense", "residual") for c in linears if max(c.shape) > 128)
+
+
+def test_what_cannot_be_had_is_no_finalist() -> None:
+    """Eight bits are dense anyway, and two are below what dense forms reach."""
+    names = lambda bits: {  # noqa: E731
+        name for name, *_ in finalists(MADE, X64, parse_budget(bits), landscapes.SIZES, MISLED)
+    }
+    assert "dense" not in names("9bpw-linear")
+    assert "dense" not in names("2bpw-linear")
+    with pytest.raises(BudgetError, match="below the floor"):
+        names("0.2bpw-linear")
+
+
+def test_a_pace_is_kept() -> None:
+    """A cap on milliseconds is a second budget; a price per millisecond moves the choice."""
+    budget = parse_budget("4bpw-linear")
+
+    def plan(pace: Pace | None) -> Plan:
+        return plan_to_budget(MADE, X64, budget, landscapes.SIZES, MISLED, Search(evaluations=8), pace=pace)
+
+    def ms(choice: Choice) -> float:
+        return choice.flops / 1e6 * (2.0 if choice.format.startswith("int2") else 1.0)
+
+    free = Pace(ms).of(plan(None).choices)
+    capped = plan(Pace(ms, cap=0.8 * free))
+    assert Pace(ms).of(capped.choices) <= 0.8 * free
+    priced = plan(Pace(ms, weight=1.0))
+    assert Pace(ms).of(priced.choices) < free
+    assert max(capped.linear_bpw(), priced.linear_bpw()) <= 4
+    with pytest.raises(BudgetError, match="no plan within the size budget takes less than"):
+        plan(Pace(ms, cap=0.01 * free))
 
 
 def test_a_target_is_offered_only_what_it_executes() -> None:
@@ -196,7 +290,7 @@ def test_constraints_that_mean_nothing(text: str) -> None:
 
 
 def test_constraints_with_unknown_formats() -> None:
-    for text in ("dense:int3-b32", "uniform:0.5:int4"):
+    for text in ("dense:int5-b32", "uniform:0.5:int4"):
         with pytest.raises(PlanError, match="unknown core format"):
             constrained_plan(text, LAYERS, X64, "x")
 
