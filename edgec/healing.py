@@ -191,7 +191,7 @@ def _device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, ImportError, NotImplementedError) as error:
         raise RuntimeUnavailableError(
             f"--device {name}: this torch cannot use it ({str(error).splitlines()[0][:120]}); use --device cpu"
         ) from error

@@ -29,6 +29,9 @@ MAX_CALIBRATION_BYTES = 256 * 1024 * 1024
 MIN_CALIBRATION_TOKENS = 2048
 """Fewest tokens that statistics are collected from [tokens]; fewer gave perplexities in the thousands elsewhere."""
 
+MIN_COMPARISON_TOKENS = 512
+"""Fewest tokens that whole plans are compared on [tokens]; below, a hundredth of divergence is luck."""
+
 MAX_LAYERS = 4096
 """Deepest model [transformer blocks]."""
 

@@ -38,6 +38,8 @@ HEALING_TOKENS = 1_000_000
 """Most tokens of a split that healing learns from [tokens]."""
 HEALING_BATCH = 1024
 """Tokens of one step of healing: what trains codes is the number of steps, not their size [tokens]."""
+_FEWEST_TOKENS = {"heal": 0, "search": limits.MIN_COMPARISON_TOKENS}
+"""Where less than for statistics is enough: healing learns from the calibration text first of all."""
 _SAMPLED_TOKENS = 8_192
 _SAMPLE_UP_TO = 100_000_000
 """Largest causal LM that text is sampled from [parameters]: beyond it, sampling takes longer than it is worth."""
@@ -121,7 +123,7 @@ class Workspace:
             max_tokens,
             context=self.context,
             batch_tokens=batch_tokens,
-            minimum=0 if split == "heal" else limits.MIN_CALIBRATION_TOKENS,
+            minimum=_FEWEST_TOKENS.get(split, limits.MIN_CALIBRATION_TOKENS),
         )
         if self.calibration_file is None and self.task == DECODER_TASK and self.checkpoint.parameters <= _SAMPLE_UP_TO:
             seed = calibration.SPLITS.index(split)

@@ -65,11 +65,13 @@ def compare(dense: Logits, other: Logits, batches: Batches, seed: int = 0) -> La
     generator = np.random.default_rng(seed)
     rows = generator.integers(0, len(totals), (1000, len(totals)))
     low, high = np.quantile(totals[rows].sum(1) / counts[rows].sum(1), [0.025, 0.975])
+    with np.errstate(over="ignore"):  # a ruined model's perplexity is infinite, and no gate lets that pass
+        perplexity = float(np.exp(nll / predicted))
     return LanguageQuality(
         kl=float(totals.sum() / counts.sum()),
         low=float(low),
         high=float(high),
-        perplexity=float(np.exp(nll / predicted)),
+        perplexity=perplexity,
         dense_perplexity=float(np.exp(dense_nll / predicted)),
         top1=agree / int(counts.sum()),
         tokens=int(counts.sum()),
