@@ -40,7 +40,7 @@ from edgec.pipeline.stages import (
 from edgec.plan.acceptance import parse_max_loss
 from edgec.plan.budget import Budget, parse_budget
 from edgec.plan.planner import Sizes, check_plan, finalists, plan_of
-from edgec.plan.refine import Search
+from edgec.plan.refine import Evaluate, Search
 from edgec.profile.store import Profile
 from edgec.records import MANIFEST_NAME, MANIFEST_VERSION, Plan, Target, as_dict
 from edgec.runtime.ort_decoder import OrtDecoder
@@ -126,9 +126,10 @@ class _Export:
         self.progress("building the graph", 1, 1)
         sizes = planning_sizes(workspace, graph, self.work)
         found = profile_of(workspace, self.target, self.request.profile, self.progress)
+        evaluate = evaluator(workspace, found, workspace.divergence_on_search)
         over = 0.0
         for _ in range(_REPLANS):
-            plans = self._plans(found, goal, sizes)
+            plans = self._plans(found, goal, sizes, evaluate)
             factors = fit(workspace, plans[0].choices, found, self.progress)
             product = self._written(plans[0], factors, workspace.checkpoint)
             over = self._overrun(goal.budget, product.written)
@@ -140,11 +141,10 @@ class _Export:
             f"budget {goal}: no plan fits after {_REPLANS} tries; the last was {over:.0f} bytes over. Raise --budget"
         )
 
-    def _plans(self, found: Profile, goal: Goal, sizes: Sizes) -> list[Plan]:
+    def _plans(self, found: Profile, goal: Goal, sizes: Sizes, evaluate: Evaluate) -> list[Plan]:
         """The best plan, and where healing follows, others of another structure: healing may reverse their order."""
-        if self.request.heal.mode == "off" or goal.budget is None:
-            return [search_plan(self.workspace, found, self.target, goal, sizes, self.progress)]
-        evaluate = evaluator(self.workspace, found, self.workspace.divergence_on_search)
+        if self.request.heal.mode == "off" or goal.budget is None or goal.search.method == "anneal":
+            return [search_plan(self.workspace, found, self.target, goal, sizes, self.progress, evaluate)]
         entries = finalists(
             found,
             self.target,

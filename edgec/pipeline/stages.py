@@ -21,7 +21,7 @@ from edgec.plan.acceptance import Line, plan_to_loss
 from edgec.plan.budget import Budget
 from edgec.plan.candidates import candidates
 from edgec.plan.planner import Sizes, check_plan, constrained_plan, plan_to_budget
-from edgec.plan.refine import Search
+from edgec.plan.refine import Search, key_of
 from edgec.profile.activations import collect
 from edgec.profile.profiler import build_profile
 from edgec.profile.store import Profile, load_profile
@@ -69,14 +69,23 @@ def make_profile(workspace: Workspace, targets: list[Target], progress: Progress
 
 
 def search_plan(
-    workspace: Workspace, found: Profile, target: Target, goal: Goal, sizes: Sizes, progress: Progress
+    workspace: Workspace,
+    found: Profile,
+    target: Target,
+    goal: Goal,
+    sizes: Sizes,
+    progress: Progress,
+    evaluate: Callable[[list[Choice]], float] | None = None,
 ) -> Plan:
-    """The best plan that measuring finds. Raises BudgetError or PlanError where nothing reaches the goal."""
+    """The best plan that measuring finds. evaluate: an `evaluator` on the search text that remembers earlier plans.
+
+    Raises BudgetError or PlanError where nothing reaches the goal.
+    """
 
     def told(done: int, total: int, loss: float) -> None:
         progress("trying plans", done, total)
 
-    loss = evaluator(workspace, found, workspace.divergence_on_search)
+    loss = evaluate or evaluator(workspace, found, workspace.divergence_on_search)
     if goal.line is not None:
         return plan_to_loss(
             found,
@@ -95,12 +104,15 @@ def search_plan(
 
 
 def evaluator(workspace: Workspace, found: Profile, loss: Callable[[Any], float]) -> Callable[[list[Choice]], float]:
-    """Measured loss of whole plans: choices → `loss` of the dense model with them in place."""
+    """Measured loss of whole plans, each measured once: choices → `loss` of the dense model with them in place."""
+    known: dict[Any, float] = {}
 
     def evaluate(choices: list[Choice]) -> float:
-        factors = fit(workspace, choices, found, silent)
-        with workspace.substituted(factors) as model:
-            return loss(model)
+        key = key_of(choices)
+        if key not in known:
+            with workspace.substituted(fit(workspace, choices, found, silent)) as model:
+                known[key] = loss(model)
+        return known[key]
 
     return evaluate
 
