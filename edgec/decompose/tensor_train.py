@@ -81,6 +81,12 @@ def max_ranks(modes: Sequence[tuple[int, int]]) -> tuple[int, ...]:
     return tuple(min(math.prod(sizes[:cut]), math.prod(sizes[cut:])) for cut in range(1, len(sizes)))
 
 
+def size(modes: Sequence[tuple[int, int]], ranks: Sequence[int]) -> int:
+    """Parameters of a train's cores [count]."""
+    padded = (1, *ranks, 1)
+    return sum(padded[k] * o * i * padded[k + 1] for k, (o, i) in enumerate(modes))
+
+
 def _check(spec: Spec, out: int, in_: int) -> None:
     if len(spec.modes) < 2 or len(spec.ranks) != len(spec.modes) - 1:
         raise PlanError(f"a tensor train of d ≥ 2 modes needs d − 1 ranks; got {spec}")
@@ -91,14 +97,14 @@ def _check(spec: Spec, out: int, in_: int) -> None:
     for cut, (rank, top) in enumerate(zip(spec.ranks, tops, strict=True), start=1):
         if not 1 <= rank <= top:
             raise PlanError(f"rank {rank} at cut {cut} of {spec} is outside 1 … {top}, the cut's maximum")
-    for cut, (rank, top) in enumerate(zip(spec.ranks, _beside(spec.ranks, spec.modes), strict=True), start=1):
+    for cut, (rank, top) in enumerate(zip(spec.ranks, beside(spec.ranks, spec.modes), strict=True), start=1):
         if rank > top:
             raise PlanError(
                 f"rank {rank} at cut {cut} of {spec} is above {top}, the cut's maximum beside its neighbours' ranks"
             )
 
 
-def _beside(ranks: Sequence[int], modes: Sequence[tuple[int, int]]) -> list[int]:
+def beside(ranks: Sequence[int], modes: Sequence[tuple[int, int]]) -> list[int]:
     """The largest χ of every cut that the cores on its two sides can carry, given the ranks of the cuts beside it."""
     padded, sizes = (1, *ranks, 1), [o * i for o, i in modes]
     return [min(padded[k] * sizes[k], padded[k + 2] * sizes[k + 1]) for k in range(len(ranks))]
@@ -221,12 +227,10 @@ def _fit(modes: tuple[tuple[int, int], ...], out: int, in_: int, ratio: float, m
     for share in np.linspace(1.0, 0.02, 99):
         ranks = tuple(max(multiple, int(top * share) // multiple * multiple) for top in tops)
         for _ in tops:  # rounding breaks the proportion in which neighbours fit one another
-            beside = _beside(ranks, modes)
-            ranks = tuple(min(r, top // multiple * multiple) for r, top in zip(ranks, beside, strict=True))
+            fitting = beside(ranks, modes)
+            ranks = tuple(min(r, top // multiple * multiple) for r, top in zip(ranks, fitting, strict=True))
         if any(not 1 <= r <= top for r, top in zip(ranks, tops, strict=True)):
             return []
-        padded = (1, *ranks, 1)
-        size = sum(padded[k] * o * i * padded[k + 1] for k, (o, i) in enumerate(modes))
-        if size <= ratio * out * in_:
+        if size(modes, ranks) <= ratio * out * in_:
             return [Spec("tensor_train", ranks, modes)]
     return []
