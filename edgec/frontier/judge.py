@@ -9,6 +9,7 @@ import numpy as np
 import transformers
 
 from edgec import calibration
+from edgec.calibration import Batches
 from edgec.errors import UsageError
 from edgec.evaluate import paired
 from edgec.evaluate.embeddings import Pairs, cosine, embed_batches, pair_similarities, read_sts, torch_embedder
@@ -19,6 +20,12 @@ from edgec.workspace import Workspace
 
 EVALUATION_TOKENS = 20_480
 """Tokens of held-out text that contestants are compared on [tokens]."""
+
+_READ_TOKENS = 2_000_000
+"""Most tokens of an evaluation file that rows are picked from [tokens]."""
+
+_PER_BATCH = 16
+"""Rows evaluated at a time [count]."""
 
 Measured = tuple[dict[str, float], Resampled]
 """Figures for the table, and the metric (smaller is better) with its bootstrap replicates."""
@@ -41,9 +48,10 @@ class Judge:
             self._batches = workspace.batches("validate", tokens)
         else:
             text = calibration.load_text(eval_text)
-            self._batches = calibration.tokenize(
-                text, workspace.tokenizer, workspace.task, tokens, context=workspace.context
+            whole = calibration.tokenize(
+                text, workspace.tokenizer, workspace.task, _READ_TOKENS, context=workspace.context
             )
+            self._batches = spread(whole, tokens)
         self.text = f"{self._batches.origin}, {self._batches.tokens} tokens"
         self.dense_figures: dict[str, float] = {}
         if workspace.pooling is None:
@@ -104,6 +112,17 @@ class Judge:
             model, self.workspace.tokenizer, self.workspace.pooling, max_tokens=self.workspace.context
         )
         return paired.spearman(pair_similarities(embed, pairs), np.asarray(pairs.scores), self._pair_table)
+
+
+def spread(batches: Batches, tokens: int) -> Batches:
+    """About `tokens` tokens of rows at even distances: the first pages of a file say little about the rest of it."""
+    rows = [row[kept.bool()].tolist() for b in batches.items for row, kept in zip(*b.values(), strict=True)]
+    wanted = max(1, round(len(rows) * tokens / max(1, batches.tokens)))
+    if wanted >= len(rows):
+        return batches
+    picked = [rows[i * len(rows) // wanted] for i in range(wanted)]
+    groups = [picked[i : i + _PER_BATCH] for i in range(0, wanted, _PER_BATCH)]
+    return Batches(f"{wanted} of {len(rows)} windows of {batches.origin}", tuple(calibration.pad(g) for g in groups))
 
 
 def _with_interval(name: str, figure: Resampled) -> dict[str, float]:

@@ -21,7 +21,7 @@ from edgec.plan.planner import make_choice
 from edgec.profile.store import Profile
 from edgec.quantize.formats import CoreFormat
 from edgec.records import Choice, Spec, Target
-from edgec.report.frontier_records import AHEAD, BEHIND, NOISE, Point, Verdict
+from edgec.report.frontier_records import AHEAD, ALONE, BEHIND, NOISE, Point, Verdict
 from edgec.workspace import Workspace
 
 logger = logging.getLogger(__name__)
@@ -190,7 +190,7 @@ class Race:
         point, pool = plan.point, self._pool(plan)
         assert point.budget is not None
         if not pool:
-            return Verdict(point.budget, point.name, point.linear_bpw, None, None, None, None, None, AHEAD)
+            return Verdict(point.budget, point.name, point.linear_bpw, None, None, None, None, None, ALONE)
         rival = _best(pool)
         against = (rival.point.name, rival.point.linear_bpw)
         if not plan.metric.finite:

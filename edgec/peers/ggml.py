@@ -36,9 +36,19 @@ FAMILY = "llama.cpp"
 
 TYPES = (
     "Q8_0", "Q6_K", "Q5_K", "Q4_K", "IQ4_NL", "IQ4_XS", "Q4_0", "Q3_K", "IQ3_S", "IQ3_XXS",
-    "Q2_K", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S",
+    "Q2_K", "IQ2_S", "IQ2_XS", "IQ2_XXS",
 )  # fmt: skip
 """Types that are tried, from most bits to fewest."""
+
+TYPES_BELOW_TWO = ("IQ1_M", "IQ1_S")
+"""Tried for budgets below 2 bits only: preparing their lattice takes ggml a minute."""
+
+_NUMBERS = {
+    "F16": 1, "Q4_0": 2, "Q5_0": 6, "Q5_1": 7, "Q8_0": 8, "Q2_K": 10, "Q3_K": 11, "Q4_K": 12, "Q5_K": 13, "Q6_K": 14,
+    "IQ2_XXS": 16, "IQ2_XS": 17, "IQ3_XXS": 18, "IQ1_S": 19, "IQ4_NL": 20, "IQ3_S": 21, "IQ2_S": 22, "IQ4_XS": 23,
+    "IQ1_M": 29,
+}  # fmt: skip
+"""`enum ggml_type`: GGUF files hold these numbers, so they never change."""
 
 _FALLBACKS = {
     **dict.fromkeys(("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_XS"), "IQ4_NL"),
@@ -103,17 +113,15 @@ class Ggml:
         ]  # fmt: skip
 
     def _read_types(self) -> dict[str, _Type]:
-        """Types by name, since their numbers differ between versions; the traits must say what the functions say."""
+        """Only numbers that exist are asked for, since ggml reads past its table otherwise; each must be as known."""
         found = {}
-        for number in range(256):
-            name = self._library.ggml_type_name(number)
-            if name == b"NONE":  # one past the last
-                break
+        for name, number in _NUMBERS.items():
             traits = self._library.ggml_get_type_traits(number).contents
-            if traits.type_name != name or traits.blck_size != self._library.ggml_blck_size(number):
-                raise AttributeError("its type traits have another layout")
-            if traits.to_float and name:
-                found[name.decode().upper()] = _Type(number, int(traits.blck_size), traits.to_float)
+            told = self._library.ggml_type_name(number)
+            same = traits.type_name == told and traits.blck_size == self._library.ggml_blck_size(number)
+            if not same or told.upper() != name.encode() or not traits.to_float:
+                raise AttributeError(f"its type {number} is not {name}, or its type traits have another layout")
+            found[name] = _Type(number, int(traits.blck_size), traits.to_float)
         return found
 
     @property
@@ -169,7 +177,8 @@ def library() -> Ggml:
 def peers(target: Target, bits: Sequence[float]) -> list[Peer]:
     """One per type, whatever the target: llama.cpp is a runtime of its own, and a user may choose it instead."""
     ggml = library()
-    return [_peer(ggml, name) for name in TYPES if name in ggml.blocks]
+    low = TYPES_BELOW_TWO if any(b < 2 for b in bits) else ()
+    return [_peer(ggml, name) for name in (*TYPES, *low)]
 
 
 def _peer(ggml: Ggml, wanted: str) -> Peer:

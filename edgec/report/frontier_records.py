@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-AHEAD, NOISE, BEHIND = "ahead", "within the noise", "behind"
+AHEAD, NOISE, BEHIND, ALONE = "ahead", "within the noise", "behind", "no peer so small"
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Point:
 class Verdict:
     """edgec's plan at one budget against the best peer of its size: difference = plan − rival in the metric, so that
     negative is better, with its paired-bootstrap 95 % interval; verdict is AHEAD, NOISE or BEHIND.
-    rival: None where no peer is so small (then there is no difference either).
+    rival: None where no peer is so small; there is no difference then, and the verdict is ALONE.
     """
 
     budget: float

@@ -95,7 +95,7 @@ def _verdict(verdict: Verdict) -> list[str]:
         f"{verdict.budget:g}",
         verdict.plan,
         f"{verdict.plan_bpw:.2f}",
-        verdict.rival or "none so small",
+        verdict.rival or text.MISSING,
         text.MISSING if verdict.rival_bpw is None else f"{verdict.rival_bpw:.2f}",
         text.MISSING if verdict.difference is None else _signed(verdict.difference),
         interval,

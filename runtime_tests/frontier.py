@@ -1,0 +1,87 @@
+"""The frontier's figures, one run each: `python -m runtime_tests.frontier [minilm] [pycode-lm] [stories] [headlines]`.
+
+minilm: all-MiniLM-L6-v2, calibrated on STS-Benchmark train sentences, Spearman on its dev split. pycode-lm: calibrated
+on calib.txt, KL and perplexity on valid.txt. stories: stories260K, calibrated on three fifths of the TinyStories
+sample and measured on another fifth. headlines: what the idea's sources claim, measured (`runtime_tests/headlines.py`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from rich.console import Console
+
+from edgec import frontier
+from edgec.calibration import load_text
+from edgec.console import progress
+from edgec.evaluate.embeddings import read_sts
+from edgec.frontier import FrontierRequest
+from edgec.peers import chosen
+from edgec.report.frontier_tables import terminal_tables
+from runtime_tests import headlines
+from runtime_tests.models import ASSETS, minilm_folder, stories_folder
+
+_END_OF_STORY = "<|endoftext|>"
+
+
+def minilm(work: Path) -> FrontierRequest:
+    train = read_sts(ASSETS / "stsb" / "sts-train.csv")
+    text = work / "sts-train.txt"
+    text.write_text("\n".join(dict.fromkeys(train.first + train.second)), encoding="utf-8")
+    return FrontierRequest(minilm_folder(), calibration=text, sts=ASSETS / "stsb" / "sts-dev.csv")
+
+
+def pycode_lm(work: Path) -> FrontierRequest:
+    model = ASSETS / "pycode-lm"
+    return FrontierRequest(model, calibration=model / "calib.txt", eval_text=model / "valid.txt")
+
+
+def stories(work: Path) -> FrontierRequest:
+    """Whole stories, split by their hash: three fifths to calibrate and choose plans on, one fifth to report on."""
+    sample = (ASSETS / "tinystories" / "tinystories_sample_2M.txt").read_text(encoding="utf-8")
+    whole = work / "stories.txt"
+    whole.write_text(
+        "\n\n".join(" ".join(story.split()) for story in sample.split(_END_OF_STORY)), encoding="utf-8"
+    )
+    text = load_text(whole)
+    halves = {"calib.txt": text.split("calibrate"), "report.txt": text.split("validate")}
+    for name, half in halves.items():
+        (work / name).write_text("\n\n".join(half.items), encoding="utf-8")
+    return FrontierRequest(stories_folder(), calibration=work / "calib.txt", eval_text=work / "report.txt")
+
+
+def main() -> None:
+    """Run the named figures (all of them by default), print their tables, and keep the folders where -o says."""
+    figures: dict[str, Callable[[Path], FrontierRequest]] = {
+        "minilm": minilm,
+        "pycode-lm": pycode_lm,
+        "stories": stories,
+    }
+    parser = argparse.ArgumentParser(prog="python -m runtime_tests.frontier", description=__doc__)
+    parser.add_argument("names", nargs="*", choices=[[], *figures, "headlines"], help="default: all")
+    parser.add_argument("--bits", default="5,4,3,2.5,2")
+    parser.add_argument("--peers", default="all")
+    parser.add_argument("-o", "--out", type=Path, help="keep frontier folders here")
+    given = parser.parse_args()
+    console = Console(width=150)
+    with tempfile.TemporaryDirectory(prefix="edgec-frontier-") as temporary:
+        for name in given.names or [*figures, "headlines"]:
+            if name == "headlines":
+                console.print(headlines.table())
+                continue
+            work = Path(temporary)
+            request = figures[name](work)
+            request = FrontierRequest(
+                **{**vars(request), "bits": frontier.parse_bits(given.bits), "peers": chosen(given.peers)}
+            )
+            with progress() as bars:
+                found = frontier.run_and_write(request, (given.out or work) / f"frontier-{name}", bars, force=True)
+            for table in terminal_tables(found):
+                console.print(table)
+
+
+if __name__ == "__main__":
+    main()
