@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 from decoder_cases import FAMILIES, VOCABULARY, make_config, make_model
-from models_for_tests import set_weight
+from models_for_tests import ruined, set_weight
 
 from edgec import modeling
 from edgec.blocks import BlockWalker, HiddenStates
@@ -152,8 +152,6 @@ def test_shared_blocks_are_refused(tmp_path: Path) -> None:
 
 
 def test_weights_that_are_not_finite_are_named(lm_source: Path, tmp_path: Path) -> None:
-    from models_for_tests import ruined
-
     folder = ruined(lm_source, tmp_path / "model")
     name = set_weight(folder, "layers.1.input_layernorm.weight", float("nan"))
     checkpoint = open_checkpoint(folder)
@@ -163,13 +161,13 @@ def test_weights_that_are_not_finite_are_named(lm_source: Path, tmp_path: Path) 
         pass
 
 
-@pytest.mark.parametrize("cap", [0, 100, 1 << 20])
+@pytest.mark.parametrize("cap", [0, 50, 1 << 20])
 def test_hidden_states_beyond_the_cap_go_to_files(cap: int, tmp_path: Path) -> None:
     states = HiddenStates(tmp_path, cap)
     made = [torch.randn(2, n, 3) for n in (1, 2, 3)]
     for number, hidden in enumerate(made):
         states.put(number, hidden)
-    assert len(list(tmp_path.iterdir())) == {0: 3, 100: 2, 1 << 20: 0}[cap]
+    assert len(list(tmp_path.iterdir())) == {0: 3, 50: 2, 1 << 20: 0}[cap]
     states.put(1, made[1] + 1)
     for number, hidden in enumerate([made[0], made[1] + 1, made[2]]):
         torch.testing.assert_close(states.get(number), hidden, rtol=0, atol=0)

@@ -107,13 +107,16 @@ def stream_fit(
 
 
 def fit_by_rows(choice: Choice, weight: Array, moment: SecondMoment | None) -> Factors:
-    """`edgec.fit.fit`; a large quantised matrix that stays whole is fitted some rows at a time, which are independent.
+    """`edgec.fit.fit` for weights [out, in] in any float type, with no float32 copy of a large one where that can be.
 
-    weight [out, in] in any float type; float32 copies are made of a few rows only then.
+    A large quantised matrix that stays whole is fitted some rows at a time: they are independent. `svd` reads a large
+    one in slabs by itself.
     """
     fmt = LayerFormat.parse(choice.format)
     rows = max(1, _ROWS_VALUES // weight.shape[1])
     starts = range(0, len(weight), rows)
+    if choice.spec.kind == "svd" and len(starts) > 1:
+        return fit(weight, choice.spec, fmt, role=choice.role, moment=moment)
     if choice.spec.kind != "dense" or not fmt.quantised or len(starts) == 1:
         return fit(np.asarray(weight, np.float32), choice.spec, fmt, role=choice.role, moment=moment)
     parts: list[QuantizedTensor] = []

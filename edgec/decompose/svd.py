@@ -8,17 +8,27 @@ to turn.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
+from scipy.linalg import eigh
 
 from edgec.contraction import Contraction
 from edgec.decompose import Finish, tensor_train
-from edgec.errors import PlanError
+from edgec.decompose._metric import MAX_STATE, marginal, refit, ridged
+from edgec.errors import NumericsError, PlanError
 from edgec.moments import SecondMoment
 from edgec.records import Spec
 
 PLUGIN = True
+
+_TALL_VALUES = 1 << 27
+"""Size from which a tall weight is read some rows at a time [count]; only heads of large vocabularies reach it."""
+
+_ROWS = 1 << 13
+"""Rows of a tall weight that are in float32 at a time [count]."""
 
 
 def contraction(spec: Spec, out: int, in_: int) -> Contraction:
@@ -31,7 +41,43 @@ def factorize(weight: NDArray[Any], spec: Spec, moment: SecondMoment | None, fin
     uncorrelated and of unit variance, so that the blocks of A along r hold values of one size and quantise well.
     """
     out, in_ = weight.shape
-    tensor_train.factorize(weight, _train(spec, out, in_), moment, finish)
+    if weight.size > _TALL_VALUES and out > 4 * in_:
+        _factorize_tall(weight, spec, moment, finish)
+    else:
+        tensor_train.factorize(weight, _train(spec, out, in_), moment, finish)
+
+
+def _factorize_tall(weight: NDArray[Any], spec: Spec, moment: SecondMoment | None, finish: Finish) -> None:
+    """The train's sweep with A as the only other matrix as tall as the weight, which may be memory-mapped fp16.
+
+    B depends on the weight through WᵀW alone, so a square R with RᵀR = WᵀW stands in for it; and the re-fit is
+    linear in the weight: A = W X with the X [in, r] that it gives for the identity.
+    """
+    out, in_ = weight.shape
+    contraction(spec, out, in_)  # refuses ranks that do not fit
+    rank = spec.ranks[0]
+    gram = np.zeros((in_, in_))
+    with np.errstate(over="ignore", invalid="ignore"):
+        for _, part in _slabs(weight):
+            gram += part.T @ part
+    if not np.isfinite(gram).all():
+        raise NumericsError("the weight holds NaN or Inf, or its square overflows")
+    values, vectors = eigh(gram, check_finite=False)
+    stand_in = np.sqrt(np.maximum(values, 0))[:, None] * vectors.T
+    h = None if moment is None or moment.width > MAX_STATE else ridged(moment.matrix)
+    core = tensor_train._bond(stand_in.reshape(in_, 1, 1, in_), h, rank).reshape(rank, in_)
+    seen = np.asarray(finish("core2", core, marginal(h, 1, in_)), np.float64)
+    onto, second = refit(np.eye(in_).reshape(in_, 1, 1, in_), h, seen.reshape(1, rank, in_))
+    onto = onto.astype(np.float32)
+    left = np.empty((out, rank), np.float32)
+    for start, part in _slabs(weight):
+        left[start : start + len(part)] = part @ onto
+    finish("core1", left, None if second is None else SecondMoment(second))
+
+
+def _slabs(weight: NDArray[Any]) -> Iterator[tuple[int, NDArray[np.float32]]]:
+    for start in range(0, len(weight), _ROWS):
+        yield start, np.asarray(weight[start : start + _ROWS], np.float32)
 
 
 def suggest(out: int, in_: int, ratio: float, multiple: int) -> list[Spec]:
