@@ -9,10 +9,10 @@ affords a larger r for its parameters. x never meets W:
     z → MatMul(spread [o₁, 1]) → Scale(a [r·o₁]) → Transpose → MatMul(B [o₂, r]) → Reshape      y [out]
 
 `spread` is a column of ones: the steps have a sum over an axis but no repetition along one, and a product with ones
-is that. It costs one number per o₁; ones are exact in every format. FLOPs are those of a low-rank form of rank r
-where the outputs are one mode, 2 r (in + out) and two for every scale; also with two output modes, where r meets o₂,
-o₁ times. Modes that are 1, and the steps that they would need, are left out. Two modes are refused: a matrix's CP is
-its SVD.
+is that. It costs one number per o₁; ones are exact in every format (with zero points, all of one size near 1, which
+`outer_scale` makes up for). FLOPs are those of a low-rank form of rank r where the outputs are one mode, 2 r (in +
+out) and two for every scale; also with two output modes, where r meets o₂, o₁ times. Modes that are 1, and the steps
+that they would need, are left out. Two modes are refused: a matrix's CP is its SVD.
 
 Fitted by alternating least squares (Kolda & Bader 2009, §3.4), each step damped towards the factor that it replaces
 (proximal; Uschmajew 2012), so that the error cannot rise however dependent the r terms are. The metric is the input
@@ -107,13 +107,13 @@ def factorize(weight: Array, spec: Spec, moment: SecondMoment | None, finish: Fi
 
     # A whitened input factor v stands for L⁻ᵀ v. Sizes move into factors[1], which leaves last.
     factors[1] *= _normalise(factors, 3)
-    seen = np.asarray(finish("inner", _unwhiten(factors[3], roots and roots[1]).T, marginal(h, i1, i2)), np.float64)
+    seen = np.asarray(finish("inner", _unwhiten(factors[3], roots, 1).T, marginal(h, i1, i2)), np.float64)
     factors[3] = seen.T if roots is None else roots[1].T @ seen.T
     scale = np.ones((1, rank))
     if i1 > 1:
         factors[2] = _mode_fit(white, factors, 2)
         factors[1] *= _normalise(factors, 2, factors[3])
-        stored = finish("inner_scale", _unwhiten(factors[2], roots and roots[0]).reshape(-1), None)
+        stored = finish("inner_scale", _unwhiten(factors[2], roots, 0).reshape(-1), None)
         scale = np.asarray(stored, dtype=np.float64).reshape(i1, rank)
         factors[2] = scale if roots is None else roots[0].T @ scale
     if o1 > 1:
@@ -160,10 +160,10 @@ def _normalise(factors: list[Array], mode: int, beside: Array | None = None) -> 
     return np.asarray(sizes)
 
 
-def _unwhiten(factor: Array, root: Array | None) -> Array:
-    if root is None:
+def _unwhiten(factor: Array, roots: list[Array] | None, side: int) -> Array:
+    if roots is None:
         return factor
-    return np.asarray(solve_triangular(root, factor, trans="T", lower=True, check_finite=False))
+    return np.asarray(solve_triangular(roots[side], factor, trans="T", lower=True, check_finite=False))
 
 
 def khatri_rao(*factors: Array) -> Array:
@@ -230,32 +230,52 @@ def _balance(factors: list[Array]) -> None:
 def _start(tensor: Array, rank: int) -> list[Array]:
     """The best of these expansions into orthogonal rank-one terms, cut at its largest `rank` terms.
 
-    For every pair of modes: the singular triplets of all slices along the others, times unit vectors there; exact with
-    max_rank terms for the pair that holds the largest mode. Terms of an expansion are orthogonal, so its error
-    is what the dropped ones weigh.
+    For every pair of modes, the singular triplets of all slices along the others, times unit vectors there: exact with
+    max_rank terms for a pair that holds the largest mode. And the singular triplets of the matrix (first half of
+    the modes | second half), each vector expanded in turn: what finds terms that are orthogonal themselves. Terms of
+    an expansion are orthogonal to one another, so its error is what the dropped ones weigh.
     """
     best: tuple[float, list[Array]] | None = None
-    for pair in combinations(range(tensor.ndim), 2):
-        rest = [k for k in range(tensor.ndim) if k not in pair]
-        slices = tensor.transpose(*rest, *pair).reshape(-1, *(tensor.shape[k] for k in pair))
-        if len(slices) * min(slices.shape[1:]) > 4 * math.prod(tensor.shape) // max(tensor.shape):
-            continue
-        u, s, vt = np.linalg.svd(slices, full_matrices=False)
-        order = np.argsort(-s.reshape(-1), kind="stable")[:rank]
-        kept = float((s.reshape(-1)[order] ** 2).sum())
-        if best is not None and kept <= best[0]:
-            continue
-        where, which = np.divmod(order, s.shape[1])
-        factors = [np.zeros((n, rank)) for n in tensor.shape]
-        columns = np.arange(len(order))
-        root = np.sqrt(s[where, which])
-        factors[pair[0]][:, columns] = u[where, :, which].T * root
-        factors[pair[1]][:, columns] = vt[where, which].T * root
-        for k, index in zip(rest, np.unravel_index(where, [tensor.shape[k] for k in rest]), strict=True):
-            factors[k][index, columns] = 1.0
-        best = kept, factors
+    expansions = [_slices(tensor, pair, rank) for pair in combinations(range(tensor.ndim), 2)]
+    for factors in [*expansions, _vectors(tensor, rank)]:
+        kept = float(np.prod([(f**2).sum(axis=0) for f in factors], axis=0).sum())
+        if best is None or kept > best[0] * (1 + 1e-9):
+            best = kept, factors
     assert best is not None
     return best[1]
+
+
+def _slices(tensor: Array, pair: tuple[int, int], rank: int) -> list[Array]:
+    rest = [k for k in range(tensor.ndim) if k not in pair]
+    slices = tensor.transpose(*rest, *pair).reshape(-1, *(tensor.shape[k] for k in pair))
+    u, s, vt = np.linalg.svd(slices, full_matrices=False)
+    order = np.argsort(-s.reshape(-1), kind="stable")[:rank]
+    where, which = np.divmod(order, s.shape[1])
+    columns, root = np.arange(len(order)), np.sqrt(s[where, which])
+    factors = [np.zeros((n, rank)) for n in tensor.shape]
+    factors[pair[0]][:, columns] = u[where, :, which].T * root
+    factors[pair[1]][:, columns] = vt[where, which].T * root
+    for k, index in zip(rest, np.unravel_index(where, [tensor.shape[k] for k in rest]), strict=True):
+        factors[k][index, columns] = 1.0
+    return factors
+
+
+def _vectors(tensor: Array, rank: int) -> list[Array]:
+    half = tensor.ndim // 2
+    left, right = (1, *tensor.shape[:half])[-2:], tensor.shape[half:]
+    u, s, vt = np.linalg.svd(tensor.reshape(math.prod(left), -1), full_matrices=False)
+    pl, sl, ql = np.linalg.svd(u.T.reshape(-1, *left), full_matrices=False)
+    pr, sr, qr = np.linalg.svd(vt.reshape(-1, *right), full_matrices=False)
+    sizes = s[:, None, None] * sl[:, :, None] * sr[:, None, :]
+    order = np.argsort(-sizes.reshape(-1), kind="stable")[:rank]
+    k, a, b = np.unravel_index(order, sizes.shape)
+    found = [pl[k, :, a], ql[k, a], pr[k, :, b], qr[k, b] * sizes.reshape(-1)[order, None]]
+    factors = [np.zeros((n, rank)) for n in (*left, *right)]
+    for factor, vectors in zip(factors, found, strict=True):
+        factor[:, : len(order)] = vectors.T
+    if tensor.ndim == 3:  # the mode of size 1 that stood in for a second output mode
+        factors[1] = factors[1] * factors[0]
+    return factors[-tensor.ndim :]
 
 
 def suggest(out: int, in_: int, ratio: float, multiple: int) -> list[Spec]:
