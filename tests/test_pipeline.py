@@ -23,6 +23,7 @@ from edgec.errors import BudgetError, EdgecError, PlanError, RecipeError, UsageE
 from edgec.evaluate.embeddings import cosine
 from edgec.export.verify import float_activations
 from edgec.plan.files import write_plan
+from edgec.profile.store import load_profile
 from edgec.records import Spec
 from edgec.runtime import open_artifact
 from edgec.runtime.ort_decoder import OrtDecoder
@@ -334,7 +335,7 @@ def test_an_edited_plan_is_obeyed_and_q_k_v_may_differ(export: Export, edited: C
         (("dense", (), "int4-b16"), r"does not execute"),
         (("svd", (32, 32), "fp32"), r"rank"),
         (("tucker9", (32,), "fp32"), r"unknown kind"),
-        (("dense", (), "int3-b32"), r"unknown core format"),
+        (("dense", (), "int5-b32"), r"unknown core format"),
     ],
 )
 def test_a_plan_that_cannot_be_is_refused_by_layer(
@@ -358,7 +359,7 @@ def test_a_plan_of_another_checkpoint_is_refused(lm_source: Path, edited: Callab
 def test_random_matrices_are_called_incompressible_and_stay_dense(
     export: Export, lm_source: Path, text_file: Path, profiles: Callable[[str], Path]
 ) -> None:
-    found = pipeline.load_profile(profiles("lm"))
+    found = load_profile(profiles("lm"))
     random = {layer.name for layer in found.layers if layer.incompressible}
     assert random == {f"model.layers.{i}.self_attn.{p}_proj" for i in (0, 1) for p in "qkvo"}
     for budget in ("6bpw", "3bpw-linear"):

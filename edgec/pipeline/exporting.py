@@ -68,10 +68,10 @@ class ExportRequest:
     target: str
     out: Path
     budget: str | None = None
-    max_loss: str | None = None
     plan: str | None = None
     calibration: Path | None = None
     profile: Path | None = None
+    max_loss: str | None = None
     heal: HealSettings = field(default_factory=HealSettings)
     search: Search = field(default_factory=Search)
     plain: bool = False
