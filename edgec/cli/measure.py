@@ -1,0 +1,227 @@
+"""Verbs that run and measure: eval, run, bench, frontier, advise."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from edgec import console
+from edgec.cli.options import (
+    Calibration,
+    Force,
+    Json,
+    Model,
+    ProfileOption,
+    TargetOption,
+    app,
+    out,
+)
+from edgec.errors import UsageError
+
+
+@app.command("eval")
+def evaluate(
+    artifact: Annotated[Path, typer.Argument(help="folder made by `edgec export`", show_default=False)],
+    model: Annotated[Path, typer.Option("--model", "-m", help="the dense checkpoint to compare with")],
+    sts: Annotated[
+        Path | None, typer.Option(help="STS-Benchmark file: adds Spearman with its bootstrap interval")
+    ] = None,
+    calibration: Calibration = None,
+    as_json: Json = False,
+) -> None:
+    """Measure an artifact's quality against its dense model, on text that neither calibrated nor chose its plan."""
+    from edgec import assess
+
+    found = assess.evaluate(artifact, model, sts=sts, calibration=calibration)
+    if as_json:
+        print(json.dumps(found))
+    else:
+        console.print_pairs(out, f"{artifact} against {model}", found)
+
+
+@app.command()
+def run(
+    artifact: Annotated[Path, typer.Argument(help="folder made by `edgec export`", show_default=False)],
+    text: Annotated[
+        list[str] | None, typer.Argument(help="a prompt, or sentences; default: lines of standard input")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="causal LMs")] = 128,
+    sample: Annotated[
+        bool, typer.Option("--sample", help="sample instead of always taking the likeliest token")
+    ] = False,
+    threads: Annotated[int, typer.Option(help="0: all physical cores")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Generate text (causal LM) or print how similar sentences are (encoder; --json for the vectors)."""
+    from edgec.runtime import RuntimeOptions, open_artifact
+    from edgec.runtime.interfaces import CAUSAL_LM
+
+    texts = text or [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    if not texts:
+        raise UsageError("nothing to run: give a prompt or sentences, or pipe lines in")
+    loaded: Any = open_artifact(artifact, RuntimeOptions(threads=threads))
+    if loaded.task != CAUSAL_LM:
+        vectors = loaded.embed(texts)
+        if as_json:
+            print(json.dumps({"embeddings": vectors.tolist()}))
+        else:
+            console.print_similarities(out, texts, vectors)
+        return
+    for prompt in texts:
+        pieces = loaded.generate(prompt, max_new_tokens, greedy=not sample)
+        if as_json:
+            found = list(pieces)
+            print(
+                json.dumps(
+                    {"prompt": prompt, "tokens": [p.token for p in found], "text": "".join(p.text for p in found)}
+                )
+            )
+            continue
+        sys.stdout.write(prompt)
+        for piece in pieces:
+            sys.stdout.write(piece.text)
+            sys.stdout.flush()
+        sys.stdout.write("\n")
+
+
+@app.command()
+def bench(
+    artifacts: Annotated[list[Path] | None, typer.Argument(help="folders made by `edgec export`")] = None,
+    model: Annotated[
+        Path | None, typer.Option("--model", "-m", help="dense checkpoint: for baselines and quality")
+    ] = None,
+    baseline: Annotated[
+        list[str] | None, typer.Option(help="dense peers made by other tools: fp32, int8, int4 (repeat the option)")
+    ] = None,
+    shape: Annotated[
+        str | None, typer.Option(help="random weights instead of a model: llama-3.2-1b, llama-300m")
+    ] = None,
+    plan: Annotated[str, typer.Option(help="with --shape: the constraint to export")] = "uniform:0.5",
+    sts: Annotated[Path | None, typer.Option(help="STS-Benchmark file: Spearman beside the speed")] = None,
+    calibration: Calibration = None,
+    threads: Annotated[int, typer.Option(help="0: all physical cores")] = 0,
+    rounds: Annotated[int, typer.Option(min=1, help="fresh processes per contestant")] = 5,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="causal LMs: prompt length")] = 128,
+    new_tokens: Annotated[int, typer.Option(min=1, help="causal LMs: generated length")] = 64,
+    batch: Annotated[int, typer.Option(min=1, help="encoders: sentences per batch")] = 32,
+    report: Annotated[Path | None, typer.Option(help="write one self-contained HTML file")] = None,
+    work: Annotated[
+        Path | None, typer.Option(help="keep baselines and shapes here instead of a temporary folder")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure artifacts against dense baselines: each measurement a fresh process, contestants interleaved, medians and
+    spread.
+
+    [dim]edgec bench minilm-onnx-x64 --model ./all-MiniLM-L6-v2 --baseline fp32 --baseline int8 --report report.html
+
+    edgec bench --shape llama-3.2-1b[/dim]
+    """
+    from edgec import assess
+    from edgec.bench.harness import BenchSettings
+
+    if bool(artifacts) == bool(shape):
+        raise UsageError("give artifact folders or --shape, one of the two")
+    settings = BenchSettings(
+        threads=threads, rounds=rounds, prompt_tokens=prompt_tokens, new_tokens=new_tokens, batch=batch
+    )
+    costs: list[Any] = []
+    with tempfile.TemporaryDirectory(prefix="edgec-bench-") as temporary, console.progress() as bars:
+        folder = work or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        if shape:
+            rows, costs = assess.bench_shape(shape, plan, settings, folder, bars)
+        else:
+            request = assess.BenchRequest(
+                tuple(artifacts or ()), settings, folder, model, tuple(baseline or ()), sts, calibration
+            )
+            rows = assess.bench(request, bars)
+    console.print_bench(out, rows, costs, as_json=as_json)
+    if report is not None:
+        console.write_bench_report(report, rows, tuple(artifacts or ()), ["edgec " + " ".join(sys.argv[1:])])
+        if not as_json:
+            console.line(out, f"wrote {report}")
+
+
+@app.command()
+def advise(
+    model: Model,
+    target: TargetOption,
+    ram: Annotated[str, typer.Option(help="memory of the whole process: 512MB, 2GB")],
+    latency: Annotated[str | None, typer.Option(help="per token (causal LM) or sentence (encoder): 30ms, 0.5s")] = None,
+    max_loss: Annotated[str, typer.Option("--max-loss", help="acceptable: 1 − cosine, or rise of perplexity")] = "1%",
+    context: Annotated[int, typer.Option(min=0, help="tokens of one sequence; 0: 2048 (causal LM), 32 (encoder)")] = 0,
+    batch: Annotated[int, typer.Option(min=1, max=4096, help="sequences at once")] = 1,
+    threads: Annotated[int, typer.Option(min=0, max=1024, help="0: all physical cores")] = 0,
+    profile: ProfileOption = None,
+    calibration: Calibration = None,
+    smaller: Annotated[Path | None, typer.Option(help="a smaller checkpoint to weigh against this one")] = None,
+    measured: Annotated[Path | None, typer.Option(help="output of `edgec bench --json` on the target")] = None,
+    measure: Annotated[bool, typer.Option("--measure", help="measure every plan's loss end to end (minutes)")] = False,
+    as_json: Json = False,
+) -> None:
+    """Say whether to deploy, and what: as it is, quantised, factored, or a smaller model; with the arithmetic.
+
+    [dim]edgec advise ./llama --target onnx-x64 --ram 2GB --latency 30ms[/dim]
+    """
+    from edgec import advise as advising
+    from edgec import console_advice
+
+    request = advising.AdviceRequest(
+        model, target, ram, latency, max_loss, context, batch, threads, profile, calibration, smaller, measured, measure
+    )
+    with console.progress() as bars:
+        found = advising.advise(request, bars)
+    if as_json:
+        print(json.dumps(console_advice.advice_summary(found), allow_nan=False))
+    else:
+        console_advice.print_advice(out, found)
+
+
+@app.command()
+def frontier(
+    model: Model,
+    target: TargetOption = "onnx-x64",
+    bits: Annotated[str, typer.Option(help="budgets to sweep, bits per weight of the block linears")] = "5,4,3,2.5,2",
+    output: Annotated[Path, typer.Option("--out", "-o", help="folder to write")] = Path("frontier-out"),
+    calibration: Calibration = None,
+    sts: Annotated[Path | None, typer.Option(help="encoders: STS-Benchmark file that quality is measured on")] = None,
+    eval_text: Annotated[
+        Path | None, typer.Option(help="held-out text to measure on; default: a part of the calibration text")
+    ] = None,
+    peers: Annotated[str, typer.Option(help="all, none, or some: rtn,gptq,svd,svd_llm,tt,ggml")] = "all",
+    heal: Annotated[str, typer.Option(help="off")] = "off",
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Sweep budgets and measure edgec's plans beside every other method, on the same layers and text.
+
+    Writes the table (frontier.md), the plot (frontier.svg, frontier.html) and every number (frontier.json).
+
+    [dim]edgec frontier ./all-MiniLM-L6-v2 --bits 4,3,2 --calibration train.txt --sts sts-dev.csv[/dim]
+    """
+    from edgec import frontier as room
+    from edgec.peers import chosen
+    from edgec.report.frontier_tables import to_json
+
+    request = room.FrontierRequest(
+        model=model,
+        target=target,
+        bits=room.parse_bits(bits),
+        calibration=calibration,
+        sts=sts,
+        eval_text=eval_text,
+        peers=chosen(peers),
+        heal=heal,
+    )
+    with console.progress() as bars:
+        found = room.run_and_write(request, output, bars, force=force)
+    if as_json:
+        print(to_json(found, indent=None), end="")
+    else:
+        console.print_frontier(out, found, output)

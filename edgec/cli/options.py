@@ -1,0 +1,80 @@
+"""What all verbs share: the application, its own options, and the types of options that several verbs take."""
+
+from __future__ import annotations
+
+import logging
+import os
+import resource
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from edgec._version import __version__
+
+app = typer.Typer(
+    name="edgec",
+    help="Compress a trained transformer into what a phone, a laptop or an offline server runs, and measure it.\n\n"
+    "Start with: edgec export MODEL --target onnx-arm64",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+# Pipes and files get the width that tables are made for.
+out = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 100)
+
+Model = Annotated[
+    Path, typer.Argument(help="transformers folder: config.json, *.safetensors, tokenizer", show_default=False)
+]
+TargetOption = Annotated[str, typer.Option("--target", "-t", help="what will run it: see `edgec targets`")]
+Calibration = Annotated[
+    Path | None,
+    typer.Option(help=".txt or .jsonl of text like the model will see; default: prose from the Python library"),
+]
+ProfileOption = Annotated[
+    Path | None, typer.Option("--profile", help="folder made by `edgec profile` of this very model")
+]
+Force = Annotated[bool, typer.Option("--force", help="replace an existing output that edgec wrote")]
+Json = Annotated[bool, typer.Option("--json", help="print one JSON object instead of tables")]
+MaxLoss = Annotated[
+    str | None,
+    typer.Option("--max-loss", help="in place of a budget: the smallest within 1% (1 - cosine, or rise of perplexity)"),
+]
+SearchOption = Annotated[
+    str, typer.Option("--search", help="none, greedy, or anneal with its time: anneal:10min (plans are measured)")
+]
+Seed = Annotated[int, typer.Option(help="of every random choice")]
+BUDGET_HELP = "12MB (the whole folder), 0.3 (of dense fp16), 4bpw (total) or 4bpw-linear (block linears; rest int8)"
+
+
+def _version(value: bool) -> None:
+    if value:
+        out.print(f"edgec {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="show tracebacks and every log line")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="show what each stage decides")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")
+    ] = False,
+) -> None:
+    level = logging.DEBUG if debug else logging.WARNING
+    logging.basicConfig(level=level, format="edgec: %(levelname)s: %(message)s", stream=sys.stderr)
+    if verbose or debug:
+        logging.getLogger("edgec").setLevel(logging.DEBUG if debug else logging.INFO)
+    STATE["debug"] = debug
+
+
+STATE = {"debug": "--debug" in sys.argv}
+
+
+def peak_rss() -> int:
+    """Peak resident memory of this process [bytes]."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
