@@ -107,3 +107,10 @@ def test_the_rotated_moment_reaches_the_cores() -> None:
     turned = seen["backbone"]
     assert turned is not None
     np.testing.assert_allclose(np.linalg.eigvalsh(turned.matrix), np.linalg.eigvalsh(moment.matrix), rtol=1e-6)
+
+
+def test_only_the_whole_form_is_suggested() -> None:
+    whole = Spec("disentangled", (), ((384, 1), (1, 12), (1, 32)))
+    assert disentangled.suggest(384, 384, 1.0, 32) == [whole]
+    assert disentangled.suggest(384, 384, 0.9, 32) == []
+    assert disentangled.suggest(384, 48, 1.0, 32) == [], "48 inputs have no group of a multiple of 32"
