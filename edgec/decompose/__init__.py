@@ -11,6 +11,10 @@ A file is a plugin when it sets `PLUGIN = True` and defines
     exact(out, in_) -> list[Spec]
         specs that lose nothing, at least one: what the contract tests hold every decomposition to
 
+A file may set `SEARCHED = False`: its kind works in a plan that names it, but is not offered to the planner by default,
+because on the real weights measured so far another kind was always the better buy (its docstring says by how
+much). Fitting what cannot win is what a profile would spend most of its time on. Absent means True.
+
 `finish(name, core, moment)` stores a core [n, k] (quantised or not) and returns the values that the runtime will see,
 so that the cores still to come are fitted to what the earlier ones became, not to what they were meant to be.
 """
@@ -42,6 +46,11 @@ class Decomposition(Protocol):
 def kinds() -> tuple[str, ...]:
     """Names of all decompositions."""
     return plugins.names(__name__)
+
+
+def searched() -> tuple[str, ...]:
+    """Names of the decompositions of matrices that are offered to the planner by default."""
+    return tuple(name for name in kinds() if getattr(plugins.load(__name__, name), "SEARCHED", True))
 
 
 def get(kind: str) -> Decomposition:

@@ -30,7 +30,7 @@ def candidates(
         found += [(Spec("dense"), LayerFormat.parse(name)) for name in dense]
         if role == "embedding" or incompressible:
             continue
-        for kind in decompose.kinds():
+        for kind in decompose.searched():
             for ratio in RATIOS:
                 for spec in decompose.get(kind).suggest(*shape, ratio, target.rank_multiple):
                     if spec.kind != "dense":
