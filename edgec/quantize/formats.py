@@ -8,6 +8,10 @@ which is `com.microsoft.MatMulNBits` exactly. Scales are stored as fp16 and cast
 onnxruntime folds the cast when the session is created and packs the weights as if the scales had been fp32
 (measured: same speed), so a block of 32 costs half a bit per weight instead of one. Storing fp32 scales was
 turned down for that reason.
+
+Two formats are *simulated*: three bits (MatMulNBits refuses them) and fp8 e4m3 (Hopper-class GPUs only). Their values
+and byte counts are exact, so that figures can show what they would buy, but nothing in edgec executes them: no target
+offers them and they cannot be packed.
 """
 
 from __future__ import annotations
@@ -34,7 +38,14 @@ BACKBONE = "backbone"
 """Name of the core that a layer's format may treat apart from the others."""
 
 _FLOATS = {"fp32": 4, "fp16": 2}
-_NAME = re.compile(r"int(2|4|8)-b(\d+)(-zp)?")
+_NAME = re.compile(r"int(2|3|4|8)-b(\d+)(-zp)?")
+_FP8 = "fp8-e4m3"
+_FP8_BLOCK = 128
+"""Values that share a scale: the tile width of DeepSeek-V3's fp8 kernels (arXiv 2412.19437, §3.3.2)."""
+_FP8_MAX = np.float32(448)
+_FACTORS = {8: (1.0,), 4: (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7), 2: (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)}
+_FACTORS[3] = _FACTORS[4]
+"""Bits → scales tried, as shares of the one that just covers the extremes."""
 _FP16_MAX = 65504.0
 _FP16_NORMAL_MIN = 2.0**-14
 _FP32_NORMAL_MIN = 2.0**-126
@@ -64,12 +75,18 @@ class LayerFormat(ABC):
     @property
     @abstractmethod
     def quantised(self) -> bool:
-        """Is any core stored in integers?"""
+        """Is any core stored in codes and scales?"""
+
+    @property
+    @abstractmethod
+    def simulated(self) -> bool:
+        """Is any core in a format that no runtime of edgec executes: good for figures, not for files?"""
 
 
 @dataclass(frozen=True)
 class CoreFormat(LayerFormat):
-    """How a core's numbers are stored. bits 32 or 16: plain floats; 2, 4, 8: integers with one scale per `block`.
+    """How a core's numbers are stored. bits 32 or 16: plain floats; 2, 3, 4, 8: integers with one scale per `block`;
+    8 with `fp8`: float8 e4m3 (the "fn" kind: no infinities, up to 448) in place of the integers.
 
     As a layer's format, it is that of every core.
     """
@@ -77,23 +94,28 @@ class CoreFormat(LayerFormat):
     bits: int
     block: int = 0
     zero_points: bool = False
+    fp8: bool = False
 
     @classmethod
     def parse(cls, name: str) -> CoreFormat:
         """From a name such as "fp32", "int8-b32", "int4-b64-zp". Raises PlanError."""
         if name in _FLOATS:
             return cls(bits=8 * _FLOATS[name])
+        if name == _FP8:
+            return cls(bits=8, block=_FP8_BLOCK, fp8=True)
         match = _NAME.fullmatch(name)
         if not match or int(match[2]) not in FAST_BLOCKS:
             raise PlanError(
                 f"unknown core format {name!r}; expected fp32, fp16, or int2|int4|int8 with -b16, -b32, -b64, -b128 "
-                "or -b256, optionally followed by -zp (for example int4-b32)"
+                "or -b256, optionally followed by -zp (for example int4-b32); int3-… and fp8-e4m3 are simulated"
             )
         return cls(bits=int(match[1]), block=int(match[2]), zero_points=bool(match[3]))
 
     def __str__(self) -> str:
         if not self.block:
             return f"fp{self.bits}"
+        if self.fp8:
+            return _FP8
         return f"int{self.bits}-b{self.block}" + ("-zp" if self.zero_points else "")
 
     def of(self, core: str) -> CoreFormat:
@@ -104,9 +126,13 @@ class CoreFormat(LayerFormat):
         return self.block > 0
 
     @property
+    def simulated(self) -> bool:
+        return self.bits == 3 or self.fp8
+
+    @property
     def zero(self) -> int:
         """The code that stands for 0.0 where no zero points are stored."""
-        return 1 << (self.bits - 1)
+        return 0 if self.fp8 else 1 << (self.bits - 1)
 
     def blocks(self, k: int) -> int:
         return -(-k // self.block)
@@ -138,12 +164,16 @@ class PairFormat(LayerFormat):
     def quantised(self) -> bool:
         return self.backbone.quantised or self.others.quantised
 
+    @property
+    def simulated(self) -> bool:
+        return self.backbone.simulated or self.others.simulated
+
 
 @dataclass(frozen=True, eq=False)
 class QuantizedTensor:
     """A quantised core of `shape` (n, k).
 
-    codes: uint8 [n, blocks·block], one code per byte, the padding of the last block at zero's code.
+    codes: uint8 [n, blocks·block], one code per byte (for fp8, its bits), the padding of the last block at zero's code.
     scales: fp16 [n, blocks] (fp32 where fp16 cannot hold them). zero_points: uint8 [n, blocks] or None.
     """
 
@@ -164,12 +194,21 @@ class QuantizedTensor:
         zero: Array | np.float32 = np.float32(self.fmt.zero)
         if self.zero_points is not None:
             zero = self.zero_points.astype(np.float32)[:, :, None]
-        blocks = self.codes.reshape(n, -1, self.fmt.block).astype(np.float32)
+        levels = self.codes.view(ml_dtypes.float8_e4m3fn) if self.fmt.fp8 else self.codes
+        blocks = levels.reshape(n, -1, self.fmt.block).astype(np.float32)
         values = (blocks - zero) * self.scales.astype(np.float32)[:, :, None]
         return values.reshape(n, -1)[:, :k]
 
     def packed(self) -> NDArray[np.uint8]:
-        """Codes as MatMulNBits stores them: uint8 [n, blocks, block·bits/8], earlier codes in the lower bits."""
+        """Codes as MatMulNBits stores them: uint8 [n, blocks, block·bits/8], earlier codes in the lower bits.
+
+        Raises PlanError for a simulated format: what cannot be packed cannot be saved or exported.
+        """
+        if self.fmt.simulated:
+            raise PlanError(
+                f"{self.fmt} is simulated: its values and sizes are known, but no runtime executes it; plan with int2, "
+                "int4 or int8 to save or export"
+            )
         n = self.shape[0]
         return pack_bits(self.codes, self.fmt.bits).reshape(n, -1, self.fmt.block * self.fmt.bits // 8)
 
@@ -231,16 +270,18 @@ def block_grid(
     is nearly always better at 4 bits and below. The side of the asymmetric integer range is part of the search,
     as a signed scale.
     """
-    top = np.float32((1 << fmt.bits) - 1)
-    if fmt.zero_points:
+    if fmt.fp8:
+        extreme = np.abs(blocks).max(axis=-1)
+        bases = [(extreme / _FP8_MAX, extreme)]
+    elif fmt.zero_points:
         low = np.minimum(blocks.min(axis=-1), 0.0)
         high = np.maximum(blocks.max(axis=-1), 0.0)
-        bases = [((high - low) / top, low)]
+        bases = [((high - low) / np.float32((1 << fmt.bits) - 1), low)]
     else:
         extreme = np.take_along_axis(blocks, np.abs(blocks).argmax(axis=-1)[..., None], axis=-1)[..., 0]
         signs = (-1.0,) if fmt.bits > 2 else (-1.0, 1.0)
         bases = [(np.float32(sign) * extreme / np.float32(fmt.zero), extreme) for sign in signs]
-    factors = {8: (1.0,), 4: (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7), 2: (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)}[fmt.bits]
+    factors = _FACTORS[fmt.bits]
     best_error: Array | None = None
     scales = zeros = np.empty(0, np.float32)
     for base, low in bases:
@@ -248,7 +289,7 @@ def block_grid(
             scale = storable_scales(base * np.float32(factor)).astype(np.float32)
             zero = _zero(low * np.float32(factor), scale, fmt)
             with np.errstate(over="ignore"):  # an infinite error wins over nothing
-                error = (blocks - _on_grid(blocks, scale, zero, top)) ** 2
+                error = (blocks - _on_grid(blocks, scale, zero, fmt)) ** 2
                 error = (error if importance is None else error * importance).sum(axis=-1)
             if best_error is None:
                 best_error, scales, zeros = error, scale, zero
@@ -268,22 +309,32 @@ def _zero(low: NDArray[np.float32], scale: NDArray[np.float32], fmt: CoreFormat)
 
 
 def _on_grid(
-    blocks: NDArray[np.float32], scale: NDArray[np.float32], zero: NDArray[np.float32], top: np.float32
+    blocks: NDArray[np.float32], scale: NDArray[np.float32], zero: NDArray[np.float32], fmt: CoreFormat
 ) -> NDArray[np.float32]:
-    codes = encode(blocks, scale[..., None], zero[..., None], top)
-    values: NDArray[np.float32] = (codes - zero[..., None]) * scale[..., None]
+    levels = encode(blocks, scale[..., None], zero[..., None], fmt)
+    values: NDArray[np.float32] = (levels - zero[..., None]) * scale[..., None]
     return values
 
 
 def encode(
-    values: NDArray[np.float32], scale: NDArray[np.float32], zero: NDArray[np.float32], top: np.float32
+    values: NDArray[np.float32], scale: NDArray[np.float32], zero: NDArray[np.float32], fmt: CoreFormat
 ) -> NDArray[np.float32]:
-    """Nearest codes (as float32) of values on the grid; a zero scale gives the zero code. Shapes broadcast."""
+    """Nearest levels (as float32) of values on the grid, so that (level − zero) · scale comes closest to each: integer
+    codes, or e4m3 numbers for fp8. A zero scale gives zero's level. Shapes broadcast.
+    """
     inverse = np.divide(np.float32(1), scale, out=np.zeros_like(scale), where=scale != 0)
-    codes = values * inverse
-    codes += zero
-    np.rint(codes, out=codes)
-    return np.clip(codes, 0, top, out=codes)
+    levels = values * inverse
+    if fmt.fp8:  # the cast rounds to nearest even, but makes NaN of what is too large
+        clipped = np.clip(levels, -_FP8_MAX, _FP8_MAX, out=levels)
+        return clipped.astype(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    levels += zero
+    np.rint(levels, out=levels)
+    return np.clip(levels, 0, np.float32((1 << fmt.bits) - 1), out=levels)
+
+
+def stored_codes(levels: NDArray[np.float32], fmt: CoreFormat) -> NDArray[np.uint8]:
+    """Levels of `encode` as the bytes of `QuantizedTensor.codes`."""
+    return levels.astype(ml_dtypes.float8_e4m3fn).view(np.uint8) if fmt.fp8 else levels.astype(np.uint8)
 
 
 def pad_blocks(core: Array, fmt: CoreFormat) -> NDArray[np.float32]:

@@ -14,7 +14,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgec.moments import SecondMoment
-from edgec.quantize.formats import CoreFormat, QuantizedTensor, block_grid, encode, pad_blocks, storable_scales
+from edgec.quantize.formats import (
+    CoreFormat,
+    QuantizedTensor,
+    block_grid,
+    encode,
+    pad_blocks,
+    storable_scales,
+    stored_codes,
+)
 from edgec.quantize.rtn import quantize as rtn
 
 
@@ -24,7 +32,6 @@ def quantize(core: NDArray[Any], fmt: CoreFormat, second_moment: SecondMoment | 
         return rtn(core, fmt)
     n, k = core.shape
     feedback, importance = second_moment.feedback, second_moment.diagonal
-    top = np.float32((1 << fmt.bits) - 1)
 
     work = np.ascontiguousarray(core.T, dtype=np.float32)  # [k, n]: one column of the core is one contiguous row here
     codes = np.empty((fmt.blocks(k) * fmt.block, n), np.uint8)
@@ -36,13 +43,14 @@ def quantize(core: NDArray[Any], fmt: CoreFormat, second_moment: SecondMoment | 
         weights = pad_blocks(importance[None, start:stop], fmt)[:, 0]
         scales[block], zeros[block] = block_grid(group, fmt, weights)
         errors = np.empty((stop - start, n), np.float32)
-        for column in range(start, stop):
-            code = encode(work[column], scales[block], zeros[block], top)
-            codes[column] = code
-            local = feedback[column, column:stop]
-            error = (work[column] - (code - zeros[block]) * scales[block]) / local[0]
-            work[column:stop] -= np.outer(local, error)
-            errors[column - start] = error
+        within = np.ascontiguousarray(feedback[start:stop, start:stop].T)
+        for j, column in enumerate(range(start, stop)):
+            # What the block's earlier columns push into this one, when it is needed: one product that reads their
+            # errors once, where pushing from each into all later ones would rewrite the block for every column.
+            work[column] -= within[j, :j] @ errors[:j]
+            level = encode(work[column], scales[block], zeros[block], fmt)
+            codes[column] = stored_codes(level, fmt)
+            errors[j] = (work[column] - (level - zeros[block]) * scales[block]) / within[j, j]
         work[stop:] -= feedback[start:stop, stop:].T @ errors
     codes[k:] = zeros[-1]
     zero_points = np.ascontiguousarray(zeros.T).astype(np.uint8) if fmt.zero_points else None

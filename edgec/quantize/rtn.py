@@ -9,7 +9,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgec.moments import SecondMoment
-from edgec.quantize.formats import CoreFormat, QuantizedTensor, block_grid, encode, pad_blocks, storable_scales
+from edgec.quantize.formats import (
+    CoreFormat,
+    QuantizedTensor,
+    block_grid,
+    encode,
+    pad_blocks,
+    storable_scales,
+    stored_codes,
+)
 
 _CHUNK_VALUES = 1 << 21
 """Values quantised at a time [count]: keeps the temporaries of the scale search in the tens of MB."""
@@ -38,5 +46,5 @@ def _quantize_rows(
 ) -> tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.uint8]]:
     blocks = pad_blocks(core, fmt)
     scales, zeros = block_grid(blocks, fmt, importance)
-    codes = encode(blocks, scales[..., None], zeros[..., None], np.float32((1 << fmt.bits) - 1)).astype(np.uint8)
+    codes = stored_codes(encode(blocks, scales[..., None], zeros[..., None], fmt), fmt)
     return codes.reshape(core.shape[0], -1), scales, zeros.astype(np.uint8)

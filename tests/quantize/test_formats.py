@@ -6,33 +6,159 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgec.errors import NumericsError, PlanError
-from edgec.fit import fit
+from edgec.fit import fit, stored_bytes
 from edgec.quantize import rtn
-from edgec.quantize.formats import FAST_BLOCKS, CoreFormat, pack_bits, storable, unpack_bits
+from edgec.quantize.formats import (
+    FAST_BLOCKS,
+    CoreFormat,
+    LayerFormat,
+    PairFormat,
+    pack_bits,
+    storable,
+    unpack_bits,
+)
 from edgec.records import Spec
 
 ALL = [f"int{bits}-b{block}{zp}" for bits in (2, 4, 8) for block in FAST_BLOCKS for zp in ("", "-zp")]
+SIMULATED = [f"int3-b{block}" for block in FAST_BLOCKS] + ["fp8-e4m3"]
 
 
 def core_of(n: int, k: int, seed: int = 0) -> np.ndarray[Any, Any]:
     return np.random.default_rng(seed).standard_normal((n, k)).astype(np.float32)
 
 
-@pytest.mark.parametrize("name", [*ALL, "fp32", "fp16"])
+@pytest.mark.parametrize("name", [*ALL, *SIMULATED, "fp32", "fp16"])
 def test_names_round_trip(name: str) -> None:
     assert str(CoreFormat.parse(name)) == name
 
 
 @pytest.mark.parametrize(
-    "name", ["", "int3-b32", "int4", "int4-b512", "int4-b31", "INT4-b32", "int4-b32-zp ", "bf16", "int4-b-32", "fp64"]
+    "name",
+    ["", "int3", "int5-b32", "fp8", "fp8-e4m3-b32", "int2-b32+int4-b32"]
+    + ["int4", "int4-b512", "int4-b31", "INT4-b32", "int4-b32-zp ", "bf16", "int4-b-32", "fp64"],
 )
 def test_other_names_are_refused(name: str) -> None:
     with pytest.raises(PlanError, match="unknown core format"):
         CoreFormat.parse(name)
+
+
+def test_a_pair_treats_the_backbone_apart() -> None:
+    pair = LayerFormat.parse("int2-b64+int8-b32")
+    assert pair == PairFormat(CoreFormat(2, 64), CoreFormat(8, 32))
+    assert str(pair) == "int2-b64+int8-b32"
+    assert (pair.of("backbone"), pair.of("core1"), pair.of("weight")) == (pair.backbone, pair.others, pair.others)
+    assert pair.quantised and not pair.simulated
+    assert LayerFormat.parse("int4-b32+fp16").quantised
+    assert not LayerFormat.parse("fp32+fp16").quantised
+
+
+def test_a_single_format_is_that_of_every_core() -> None:
+    single = LayerFormat.parse("int4-b32")
+    assert single == CoreFormat(4, 32) == LayerFormat.parse("int4-b32+int4-b32")
+    assert single.of("backbone") == single.of("core1") == single
+
+
+@pytest.mark.parametrize("name", ["int2-b64+", "+int4-b32", "int2-b64+int4-b32+int8-b32", "int2-b64 + int4-b32"])
+def test_other_pairs_are_refused(name: str) -> None:
+    with pytest.raises(PlanError, match="unknown core format"):
+        LayerFormat.parse(name)
+
+
+def test_a_pair_without_a_backbone_is_refused() -> None:
+    pair = LayerFormat.parse("int2-b64+int8-b32")
+    for spec in (Spec("dense"), Spec("svd", (4,))):
+        with pytest.raises(PlanError, match="no core called 'backbone'"):
+            fit(core_of(8, 64), spec, pair)
+        with pytest.raises(PlanError, match="no core called 'backbone'"):
+            stored_bytes(spec, (8, 64), "linear", pair)
+
+
+def slow_e4m3() -> np.ndarray[Any, Any]:
+    """Every finite number of the format (OCP 8-bit floating point, §5.1) by its byte: sign, 4 bits of exponent with
+    bias 7, 3 of mantissa; NaN where exponent and mantissa are all ones."""
+    values = np.full(256, np.nan)
+    for byte in range(256):
+        sign, exponent, mantissa = byte >> 7, byte >> 3 & 15, byte & 7
+        if (exponent, mantissa) != (15, 7):
+            size = mantissa / 8 * 2.0**-6 if exponent == 0 else (1 + mantissa / 8) * 2.0 ** (exponent - 7)
+            values[byte] = -size if sign else size
+    return values
+
+
+def slow_nearest(value: float) -> int:
+    """The byte of the nearest finite number, of two the one with an even mantissa; zero keeps its sign."""
+    values = slow_e4m3()
+    distance = np.abs(values - value)
+    near = [int(b) for b in np.flatnonzero(distance == np.nanmin(distance))]
+    signed = [b for b in near if (b >> 7) == int(np.signbit(value))] or near
+    return min(signed, key=lambda b: b & 1)
+
+
+@pytest.mark.parametrize("k", [1, 128, 300])
+def test_fp8_is_the_nearest_number_bit_for_bit(k: int) -> None:
+    core = core_of(4, k) * np.float32(3)
+    core[0] = 0
+    core[1] *= np.exp(-np.arange(k) / 20)  # down into the subnormal numbers
+    stored = rtn.quantize(core, CoreFormat.parse("fp8-e4m3"))
+    padded = np.zeros((4, stored.codes.shape[1]), np.float32)
+    padded[:, :k] = core
+    for row in range(4):
+        for column in range(padded.shape[1]):
+            scale = stored.scales[row, column // 128].astype(np.float32)
+            level = np.float32(padded[row, column]) * (np.float32(1) / scale) if scale else np.float32(0)
+            level = np.clip(level, -448, 448)
+            assert stored.codes[row, column] == slow_nearest(float(level)), (row, column, level)
+            if column < k:
+                assert stored.dequantize()[row, column] == np.float32(slow_e4m3()[stored.codes[row, column]]) * scale
+    extremes = np.abs(core).max(1) / 448 if k <= 128 else None
+    if extremes is not None:
+        np.testing.assert_allclose(stored.scales[:, 0].astype(np.float32), extremes, rtol=2**-8)
+
+
+@settings(max_examples=30, deadline=None)
+@given(k=st.integers(1, 200), block=st.sampled_from(FAST_BLOCKS), seed=st.integers(0, 1000))
+def test_three_bits_are_the_nearest_code_bit_for_bit(k: int, block: int, seed: int) -> None:
+    core = core_of(2, k, seed)
+    stored = rtn.quantize(core, CoreFormat(3, block))
+    assert stored.codes.max() <= 7
+    for row in range(2):
+        for column in range(k):
+            scale = stored.scales[row, column // block].astype(np.float32)
+            level = core[row, column] * (np.float32(1) / scale) + np.float32(4)
+            code = min(max(round(float(level)), 0), 7)
+            assert stored.codes[row, column] == code
+            assert stored.dequantize()[row, column] == np.float32(code - 4) * scale
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "size", "bits"),
+    [
+        ("int3-b32", (3, 100), 3 * 4 * (12 + 2), 3.5),
+        ("int3-b64", (2, 128), 2 * 2 * (24 + 2), 3.25),
+        ("fp8-e4m3", (3, 100), 3 * (128 + 2), 8.125),
+    ],
+)
+def test_simulated_bytes_are_counted_as_if_packed(name: str, shape: tuple[int, int], size: int, bits: float) -> None:
+    fmt = CoreFormat.parse(name)
+    assert fmt.stored_bytes(shape) == rtn.quantize(core_of(*shape), fmt).stored_bytes == size
+    assert 8 * fmt.stored_bytes((16, 1024)) / (16 * 1024) == bits
+
+
+@pytest.mark.parametrize("name", SIMULATED)
+def test_simulated_formats_say_so_and_cannot_be_packed(name: str) -> None:
+    fmt = CoreFormat.parse(name)
+    assert fmt.simulated and fmt.quantised
+    assert LayerFormat.parse(f"{name}+int4-b32").simulated
+    with pytest.raises(PlanError, match=f"{name} is simulated"):
+        rtn.quantize(core_of(2, 64), fmt).packed()
+
+
+def test_executed_formats_are_not_simulated() -> None:
+    assert not any(CoreFormat.parse(name).simulated for name in [*ALL, "fp32", "fp16"])
 
 
 @given(
@@ -89,7 +215,7 @@ def test_scales_that_fp16_cannot_hold_are_stored_as_fp32(name: str, size: float,
     assert relative < {"8": 0.01, "4": 0.12, "2": 0.6}[name[3]]
 
 
-@pytest.mark.parametrize("name", ["int8-b16", "int4-b16", "int2-b16", "int4-b16-zp"])
+@pytest.mark.parametrize("name", ["int8-b16", "int4-b16", "int2-b16", "int4-b16-zp", "int3-b16", "fp8-e4m3"])
 @pytest.mark.parametrize("size", [1e-44, 1e-40, 1e-38, 1e-36, 1e20, 1e37])
 def test_extreme_cores_stay_finite(name: str, size: float) -> None:
     core = core_of(2, 16)
@@ -103,7 +229,7 @@ def test_extreme_cores_stay_finite(name: str, size: float) -> None:
 def test_cores_that_are_not_finite_are_refused(bad: float) -> None:
     core = core_of(2, 64)
     core[1, 40] = bad
-    for name in ("int8-b32", "int4-b32", "int4-b32-zp"):
+    for name in ("int8-b32", "int4-b32", "int4-b32-zp", "int3-b32", "fp8-e4m3"):
         with pytest.raises(NumericsError), np.errstate(invalid="ignore"):
             rtn.quantize(core, CoreFormat.parse(name))
 

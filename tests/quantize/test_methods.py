@@ -31,7 +31,7 @@ def same(a: QuantizedTensor, b: QuantizedTensor) -> bool:
     return zeros and bool((a.codes == b.codes).all()) and bool((a.scales == b.scales).all())
 
 
-@pytest.mark.parametrize("name", ["int8-b16", "int4-b16", "int4-b16-zp", "int2-b16", "int2-b16-zp"])
+@pytest.mark.parametrize("name", ["int8-b16", "int4-b16", "int4-b16-zp", "int3-b16", "int2-b16", "int2-b16-zp"])
 def test_every_code_is_the_nearest_on_its_grid(name: str) -> None:
     fmt = CoreFormat.parse(name)
     core = np.random.default_rng(0).standard_normal((6, 40)).astype(np.float32)
@@ -45,7 +45,9 @@ def test_every_code_is_the_nearest_on_its_grid(name: str) -> None:
         np.testing.assert_allclose(np.abs(found - values), nearest, atol=1e-5)
 
 
-@pytest.mark.parametrize(("name", "mean", "most"), [("int4-b16", 1.3, 4.0), ("int2-b16", 1.1, 1.6)])
+@pytest.mark.parametrize(
+    ("name", "mean", "most"), [("int4-b16", 1.3, 4.0), ("int3-b16", 1.3, 4.0), ("int2-b16", 1.1, 1.6)]
+)
 def test_the_scale_search_comes_close_to_brute_force(name: str, mean: float, most: float) -> None:
     """Squared error against the best of 801 scales per block."""
     fmt = CoreFormat.parse(name)
@@ -82,7 +84,9 @@ def test_zeros_stay_exactly_zero(name: str) -> None:
 
 @settings(max_examples=25, deadline=None)
 @given(
-    name=st.sampled_from(["int4-b16", "int4-b32", "int2-b16", "int8-b16", "int4-b16-zp"]),
+    name=st.sampled_from(
+        ["int4-b16", "int4-b32", "int2-b16", "int8-b16", "int4-b16-zp", "int3-b16", "fp8-e4m3"]
+    ),
     n=st.integers(1, 20),
     k=st.integers(4, 70),
     seed=st.integers(0, 1000),
@@ -95,7 +99,7 @@ def test_white_inputs_make_gptq_round_to_nearest(name: str, n: int, k: int, seed
     assert same(gptq.quantize(core, fmt, None), rtn.quantize(core, fmt))
 
 
-@pytest.mark.parametrize("name", ["int4-b16", "int4-b32", "int2-b16", "int4-b32-zp"])
+@pytest.mark.parametrize("name", ["int4-b16", "int4-b32", "int3-b32", "int2-b16", "int4-b32-zp"])
 def test_gptq_beats_rounding_where_inputs_are_correlated(name: str) -> None:
     fmt = CoreFormat.parse(name)
     for seed in range(6):
@@ -103,6 +107,26 @@ def test_gptq_beats_rounding_where_inputs_are_correlated(name: str) -> None:
         moment = correlated(72, seed)
         errors = [moment.squared(method.quantize(core, fmt, moment).dequantize() - core) for method in (gptq, rtn)]
         assert errors[0] < 0.8 * errors[1], (seed, errors)
+
+
+@pytest.mark.parametrize("name", ["int4-b16", "int3-b32", "int2-b64-zp", "fp8-e4m3"])
+def test_gptq_is_the_slow_algorithm(name: str) -> None:
+    """Every error pushed into every later column at once, in float64 (Algorithm 1 without its batching)."""
+    fmt, moment = CoreFormat.parse(name), correlated(72, 3)
+    core = np.random.default_rng(0).standard_normal((24, 72)).astype(np.float32)
+    stored = gptq.quantize(core, fmt, moment)
+    work, feedback = core.astype(np.float64), moment.feedback.astype(np.float64)
+    for column in range(72):
+        seen = stored.dequantize()[:, column]
+        scale = np.abs(stored.scales[:, column // fmt.block].astype(np.float64))
+        # On its grid, the value found is the nearest to what the earlier errors made of this one, or the grid's end.
+        inside = (stored.codes[:, column] > 0) & (stored.codes[:, column] < (1 << fmt.bits) - 1)
+        away = np.abs(seen - work[:, column])
+        if fmt.fp8:
+            assert (away <= 1e-5 + np.maximum(np.abs(seen) / 16, scale * 2**-10)).all()
+        else:
+            assert (away[inside] <= (0.5 + 1e-3) * scale[inside] + 1e-5).all()
+        work[:, column:] -= np.outer((work[:, column] - seen) / feedback[column, column], feedback[column, column:])
 
 
 def test_importance_moves_the_scale_search_towards_what_matters() -> None:
