@@ -195,7 +195,12 @@ def frontier(
         Path | None, typer.Option(help="held-out text to measure on; default: a part of the calibration text")
     ] = None,
     peers: Annotated[str, typer.Option(help="all, none, or some: rtn,gptq,svd,svd_llm,tt,ggml")] = "all",
-    heal: Annotated[str, typer.Option(help="off")] = "off",
+    profile: ProfileOption = None,
+    heal: Annotated[
+        str, typer.Option(help="heal plans and the best rivals alike for this long: off, 2min, 200steps")
+    ] = "off",
+    heal_method: Annotated[str, typer.Option(help="full, or lora")] = "full",
+    device: Annotated[str, typer.Option(help="where healing runs: cpu, cuda")] = "cpu",
     force: Force = False,
     as_json: Json = False,
 ) -> None:
@@ -206,6 +211,7 @@ def frontier(
     [dim]edgec frontier ./all-MiniLM-L6-v2 --bits 4,3,2 --calibration train.txt --sts sts-dev.csv[/dim]
     """
     from edgec import frontier as room
+    from edgec.heal.settings import parse_heal
     from edgec.peers import chosen
     from edgec.report.frontier_tables import to_json
 
@@ -217,7 +223,8 @@ def frontier(
         sts=sts,
         eval_text=eval_text,
         peers=chosen(peers),
-        heal=heal,
+        heal=parse_heal(heal, method=heal_method, device=device),
+        profile=profile,
     )
     with console.progress() as bars:
         found = room.run_and_write(request, output, bars, force=force)

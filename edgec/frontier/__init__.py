@@ -8,16 +8,18 @@ was turned down: most peers have no exporter here, and the exports' parity is ve
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from edgec import outputs, peers, pipeline
+from edgec import healing, outputs, peers, pipeline
 from edgec.errors import UsageError
 from edgec.export.targets import get_target
+from edgec.fit import Factors
 from edgec.frontier.judge import EVALUATION_TOKENS, Judge
 from edgec.frontier.planning import Planned, Planner, pipeline_planner
-from edgec.frontier.race import SLACK, Heal, Race
+from edgec.frontier.race import SLACK, Heal, Race, Vectors
+from edgec.heal.settings import HealSettings
 from edgec.pipeline import Progress
 from edgec.plan.budget import parse_budget
 from edgec.profile.store import Profile
@@ -37,7 +39,8 @@ MIN_BITS, MAX_BITS = 0.1, 32.0
 class FrontierRequest:
     """What `edgec frontier` was asked for. bits: budgets on block linears. sts: an STS-Benchmark file (encoders).
     eval_text: held-out text; without it, the validation split of the calibration text. peers: names of `edgec.peers`.
-    heal: "off", or what the caller's healer was made from; the report shows it.
+    heal: how long edgec's plans and the best rivals are healed, each alike; "auto" is not a time that all could have.
+    profile: a folder made by `edgec profile` on the same calibration text.
     """
 
     model: Path
@@ -47,7 +50,8 @@ class FrontierRequest:
     sts: Path | None = None
     eval_text: Path | None = None
     peers: tuple[str, ...] = field(default_factory=peers.families)
-    heal: str = "off"
+    heal: HealSettings = field(default_factory=HealSettings)
+    profile: Path | None = None
     eval_tokens: int = EVALUATION_TOKENS
 
 
@@ -67,12 +71,11 @@ def run_and_write(
     out: Path,
     progress: Progress,
     *,
-    heal: Callable[[Workspace], Heal] | None = None,
     force: bool = False,
 ) -> Frontier:
     """Everything: the folder with frontier.json, .md, .svg and .html, whole or not at all."""
     outputs.check_free(out, force=force)
-    found = run(request, progress, heal=heal)
+    found = run(request, progress)
     with outputs.staged_folder(out, force=force) as stage:
         (stage / "frontier.json").write_text(frontier_tables.to_json(found), encoding="utf-8")
         (stage / "frontier.md").write_text(frontier_tables.to_markdown(found), encoding="utf-8")
@@ -86,29 +89,28 @@ def run(
     progress: Progress,
     *,
     planner: Callable[[Workspace, Target, Profile], Planner] | None = None,
-    heal: Callable[[Workspace], Heal] | None = None,
 ) -> Frontier:
     """Plan every budget, fit every peer, measure all of them, compare. planner: default, edgec's own pipeline."""
-    budgets = _checked(request, heal is not None)
+    budgets = _checked(request)
     target = get_target(request.target)
     workspace = Workspace(request.model, request.calibration)
     judge = Judge(  # refuses a wrong evaluation file before minutes of work
         workspace, sts=request.sts, eval_text=request.eval_text, tokens=request.eval_tokens
     )
-    found = pipeline.make_profile(workspace, [target], progress)
+    found = pipeline.profile_of(workspace, target, request.profile, progress)
     race = Race(workspace, target, found, judge, progress)
     plan = planner(workspace, target, found) if planner else pipeline_planner(workspace, target, found, progress)
     race.edgec(plan, budgets)
     race.peers(request.peers, request.bits)
-    if heal is not None:
-        race.heal(heal(workspace))
+    if request.heal.mode != "off":
+        race.heal(_healer(workspace, request.heal, progress))
     return Frontier(
         model=workspace.folder.resolve().name,
         target=target.name,
         metric=judge.metric,
         calibration=f"{found.calibration}, {found.tokens} tokens",
         evaluated_on=judge.text,
-        heal=request.heal,
+        heal=str(request.heal),
         slack=SLACK,
         dense=judge.dense_figures,
         points=race.points,
@@ -117,12 +119,25 @@ def run(
     )
 
 
-def _checked(request: FrontierRequest, healer: bool) -> dict[float, str]:
+def _healer(workspace: Workspace, settings: HealSettings, progress: Progress) -> Heal:
+    def heal(factors: Mapping[str, Factors]) -> tuple[Mapping[str, Factors], Vectors]:
+        found = healing.heal(
+            workspace,
+            healing.Start(factors),
+            settings,
+            progress=lambda done, total: progress("healing one", done, total),
+        )
+        return found.factors, found.vectors
+
+    return heal
+
+
+def _checked(request: FrontierRequest) -> dict[float, str]:
     """Budget → its text, largest first. Raises UsageError."""
     if not request.bits:
         raise UsageError("--bits: give at least one number of bits per weight, for example 4,3,2")
-    if (request.heal != "off") != healer:
-        raise UsageError(f"--heal {request.heal}: expected {'a time' if healer else 'off, since nothing heals here'}")
+    if request.heal.mode == "auto":
+        raise UsageError("--heal auto: a comparison heals all contestants alike; give a time, such as 2min, or off")
     budgets = {bits: f"{bits:g}bpw-linear" for bits in sorted(set(request.bits), reverse=True)}
     for text in budgets.values():
         parse_budget(text)

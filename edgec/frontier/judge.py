@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import transformers
+from numpy.typing import NDArray
 
 from edgec import calibration
 from edgec.calibration import Batches
@@ -79,9 +81,11 @@ class Judge:
         self._dense_spearman = self._spearman(self.workspace.model, self._pairs)
         self.dense_figures["spearman"] = self._dense_spearman.value
 
-    def measure(self, factors: Mapping[str, Factors]) -> Measured:
-        """The model with the factors' matrices in place of its dense weights."""
-        with self.workspace.substituted(factors) as model:
+    def measure(
+        self, factors: Mapping[str, Factors], vectors: Mapping[str, NDArray[np.float32]] = MappingProxyType({})
+    ) -> Measured:
+        """The model with the factors' matrices in place of its dense weights, and `vectors` for biases and norms."""
+        with self.workspace.substituted(factors, vectors) as model:
             return self._language(model) if self.workspace.pooling is None else self._embeddings(model)
 
     def _language(self, model: transformers.PreTrainedModel) -> Measured:

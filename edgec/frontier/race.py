@@ -5,6 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
+
+import numpy as np
+from numpy.typing import NDArray
 
 from edgec import peers
 from edgec.compress.apply import fit_choices
@@ -30,8 +34,11 @@ SLACK = 0.10
 """How much larger than edgec's plan a rival may be, as a share: formats come in few sizes, and a rival that is a little
 larger is still the one that a user would take instead. It favours the rivals."""
 
-Heal = Callable[[Mapping[str, Factors]], Mapping[str, Factors]]
-"""Factors of all layers → factors trained against the dense model and stored in the same formats, in a fixed time."""
+Vectors = Mapping[str, NDArray[np.float32]]
+
+Heal = Callable[[Mapping[str, Factors]], tuple[Mapping[str, Factors], Vectors]]
+"""Factors of all layers → factors trained against the dense model and stored in the same formats, in a fixed time, and
+the biases and norms that were trained with them."""
 
 EDGEC = "edgec"
 
@@ -148,8 +155,9 @@ class Race:
         keep: bool = False,
         peer: Peer | None = None,
         healable: bool = False,
+        vectors: Vectors = MappingProxyType({}),
     ) -> None:
-        figures, metric = self.judge.measure({**self._beside, **factors})
+        figures, metric = self.judge.measure({**self._beside, **factors}, vectors)
         logger.info("%s: %.3f linear bpw, %s %.4g", point.name, point.linear_bpw, self.judge.metric, metric.value)
         measured = Point(**{**vars(point), "figures": figures})
         self._entries.append(_Entry(measured, metric, factors if keep else None, peer, healable))
@@ -174,13 +182,13 @@ class Race:
         if factors is None:
             assert entry.peer is not None
             factors = {name: made.factors for name, made in self._replaced(entry.peer).items()}
-        healed = healer({**self._beside, **factors})
+        healed, vectors = healer({**self._beside, **factors})
         size = sum(healed[layer.name].stored_bytes for layer in self._linears)
         old = entry.point
         point = self._point(
             f"{old.name}, healed", old.family, old.form, size, old.runtime, budget=old.budget, healed=True
         )
-        self._measure(point, healed)
+        self._measure(point, healed, vectors=vectors)
 
     def verdicts(self) -> tuple[Verdict, ...]:
         """Every plan of edgec's; a plan that was not healed is compared with peers that were not."""

@@ -6,7 +6,7 @@ needs a judgement from further on (a plan wants its end-to-end loss) it gets a c
 
 from edgec.errors import EdgecError
 from edgec.pipeline.exporting import Exported, ExportRequest, export, measure_quality
-from edgec.pipeline.stages import Goal, Progress, evaluator, explicit_plan, fit, make_profile, search_plan
+from edgec.pipeline.stages import Goal, Progress, evaluator, explicit_plan, fit, make_profile, profile_of, search_plan
 from edgec.pipeline.verbs import compress, plan, profile
 
 __all__ = [
@@ -24,5 +24,6 @@ __all__ = [
     "measure_quality",
     "plan",
     "profile",
+    "profile_of",
     "search_plan",
 ]

@@ -44,7 +44,7 @@ def test_refusals_come_before_any_work(
         (("--bits", "0"), r"--bits '0'"),
         (("--bits", "nan"), r"--bits 'nan'"),
         (("--peers", "awq"), r"--peers 'awq': expected all, none, or some of"),
-        (("--heal", "10min"), r"--heal 10min: expected off"),
+        (("--heal", "auto"), r"--heal auto: a comparison heals all contestants alike"),
         (("--target", "toaster"), r"unknown target 'toaster'"),
         (("--sts", text_file), r"--sts measures sentence encoders; .*tiny-llama is a causal LM"),
     ):

@@ -14,7 +14,7 @@ from edgec.export.targets import get_target
 from edgec.fit import Factors, fit
 from edgec.frontier.judge import Judge, spread
 from edgec.frontier.planning import Planned, Planner, mixture
-from edgec.frontier.race import SLACK, Race, beside_linears
+from edgec.frontier.race import SLACK, Race, Vectors, beside_linears
 from edgec.profile.activations import collect
 from edgec.profile.store import Profile
 from edgec.quantize.formats import CoreFormat
@@ -100,12 +100,13 @@ def test_healing_gives_the_rivals_the_same(make_race: MakeRace, workspace: Works
     """A healer that brings the dense weights back: plan and rivals, dense and factored, gain a healed row each."""
     seen: list[int] = []
 
-    def healer(factors: Mapping[str, Factors]) -> Mapping[str, Factors]:
+    def healer(factors: Mapping[str, Factors]) -> tuple[Mapping[str, Factors], Vectors]:
         seen.append(len(factors))
-        return {
+        exact = {
             name: fit(workspace.weight(name), Spec("dense"), CoreFormat(32), role=_role(workspace, name))
             for name in factors
         }
+        return exact, {}
 
     race = make_race()
     race.edgec(_planner(workspace, "int4-b32"), {4.5: "4.5bpw-linear"})
@@ -118,7 +119,8 @@ def test_healing_gives_the_rivals_the_same(make_race: MakeRace, workspace: Works
     before, after = race.verdicts()
     assert before.rival is not None and "healed" not in before.rival
     assert after.plan == "edgec 4.5, healed"
-    assert after.verdict == ALONE  # everything healed is fp32 here, and so larger than what it came from
+    assert (after.verdict, after.plan_bpw) == (NOISE, 32)  # sizes are those of what came out of the healer
+    assert after.rival is not None and "healed" in after.rival
 
 
 def _role(workspace: Workspace, name: str) -> str:
