@@ -129,7 +129,7 @@ class Target:
     """What one runtime on one kind of hardware executes fast; a plan offers nothing else.
 
     dense_formats, factored_formats, embedding_formats: core formats by role, best quality first; default_format
-    what a uniform plan uses when it names none. rank_multiple: bond dimensions are multiples of it. k_multiple: a
+    what a uniform plan uses when it names none. residual_formats: pairs "backbone+correction". rank_multiple: bond dimensions are multiples of it. k_multiple: a
     quantised matmul's inner dimension must be a multiple of it (1: any). accuracy_level: MatMulNBits attribute; 4
     computes in int8.
     """
@@ -144,6 +144,11 @@ class Target:
     rank_multiple: int = 32
     k_multiple: int = 1
     accuracy_level: int = 4
+    residual_formats: tuple[str, ...] = ()
+
+    def formats_of(self, kind: str) -> tuple[str, ...]:
+        """Names of the formats that a matrix decomposed in this way may have."""
+        return {"dense": self.dense_formats, "residual": self.residual_formats}.get(kind, self.factored_formats)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ because on the real weights measured so far another kind was always the better b
 much). Fitting what cannot win is what a profile would spend most of its time on. Absent means True.
 
 `finish(name, core, moment)` stores a core [n, k] (quantised or not) and returns the values that the runtime will see,
-so that the cores still to come are fitted to what the earlier ones became, not to what they were meant to be.
+so that the cores still to come are fitted to what the earlier ones became, not to what they were meant to be. A name
+may be finished more than once, by forms that are fitted in turns: the last call stands.
 """
 
 from __future__ import annotations

@@ -13,6 +13,9 @@ from edgec.records import Spec, Target
 RATIOS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 """Parameter ratios tried for factored forms: below 0.3 nothing survives without healing, above 0.9 nothing is saved."""
 
+RESIDUAL_RATIOS = (1.12, 1.22, 1.34)
+"""Parameter ratios tried for a backbone with a correction: 1 is the backbone. `residual` suggests small ranks only."""
+
 FALLBACK = CoreFormat(16)
 """What a layer that nothing else fits is kept as: fp16 in the file, cast to fp32 inside the graph."""
 
@@ -31,10 +34,11 @@ def candidates(
         if role == "embedding" or incompressible:
             continue
         for kind in decompose.searched():
-            for ratio in RATIOS:
-                for spec in decompose.get(kind).suggest(*shape, ratio, target.rank_multiple):
+            allowed = target.formats_of(kind)
+            for ratio in RESIDUAL_RATIOS if kind == "residual" else RATIOS:
+                for spec in decompose.get(kind).suggest(*shape, ratio, target.rank_multiple) if allowed else ():
                     if spec.kind != "dense":
-                        found += [(spec, LayerFormat.parse(name)) for name in target.factored_formats]
+                        found += [(spec, LayerFormat.parse(name)) for name in allowed]
     usable = [c for c in dict.fromkeys(found) if any(executable(t, role, shape, *c, tied=tied) for t in targets)]
     # Floats run no low-bit kernel: they are for layers that nothing else fits on one of the targets.
     floats = any(not any(c[1].quantised and executable(t, role, shape, *c, tied=tied) for c in usable) for t in targets)
@@ -45,12 +49,13 @@ def executable(
     target: Target, role: str, shape: tuple[int, int], spec: Spec, fmt: LayerFormat, *, tied: bool = False
 ) -> bool:
     """Can the target run this choice on its fast kernels, or, for floats, at all?"""
+    if fmt.simulated:
+        return False
     if not fmt.quantised:
         return True
     if role == "embedding" or (tied and spec.kind == "dense"):
         return str(fmt) in target.embedding_formats and shape[1] % fmt.of("weight").block == 0
-    allowed = target.dense_formats if spec.kind == "dense" else target.factored_formats
-    if str(fmt) not in allowed:
+    if str(fmt) not in target.formats_of(spec.kind):
         return False
     contraction = contraction_of(spec, shape, role)
     inner = {name: s[-1] for name, s in core_shapes(contraction).items() if name in quantisable(contraction)}
