@@ -4,6 +4,10 @@ A cut of a train in row-major modes is settled by how much of the outputs and of
 dozen unfoldings serve hundreds of trains. What a train loses lies between the largest and the sum of what its cuts
 lose (Oseledets 2011, Theorem 2.2); the sum is the score. Fitting every train was turned down: a second each.
 
+Measured on block 4 of all-MiniLM-L6-v2 at 36/44/52 % of the parameters (functional error): searched trains
+0.29/0.26/0.23, fixed split ones 0.41/0.40/0.40, interleaved ones 0.47/0.41/0.36, the low-rank form 0.27/0.24/0.21. The
+search gains much over fixed modes and still does not reach the low-rank form: no planner runs it by default.
+
 A moment weighs the columns by its diagonal, the one part of it that factors over every cut.
 """
 

@@ -34,10 +34,12 @@ from edgec.records import Spec
 PLUGIN = True
 
 SEARCHED = False
-"""Measured on all-MiniLM-L6-v2: behind the low-rank form of its size in every layer."""
+"""Mean functional error over block 4 of all-MiniLM-L6-v2 at 36/44/52 % of the parameters, ranks at one share of the
+sizes: 0.52/0.47/0.44, where the low-rank form loses 0.27/0.24/0.21. With input modes of full rank it is that form.
+"""
 
 _SWEEPS = 4
-"""Orthogonal iterations after the truncated HOSVD [count]: the fifth changes the fourth digit."""
+"""Orthogonal iterations after the truncated HOSVD [count]; they converge in a few (Kolda & Bader 2009, §4.2)."""
 
 Array = NDArray[Any]
 
