@@ -183,12 +183,12 @@ def formats(hardware: Hardware) -> tuple[str, ...]:
     return tuple(s.family for s in sorted(fast, key=lambda s: s.verdict != DEFAULT))
 
 
-def executes(hardware: Hardware, core_format: str) -> bool:
+def executes(hardware: Hardware, core_format: str, *, lookup: bool = False) -> bool:
     """Does the class execute a core format ("int4-b32", "fp8-e4m3-b32", a pair "int2-b64+int8-b32") on fast kernels?
-    Plain floats always run.
+    Plain floats always run. lookup: a table's rows are only read, which no block size slows down.
     """
     if "+" in core_format:
-        return all(executes(hardware, part) for part in core_format.split("+"))
+        return all(executes(hardware, part, lookup=lookup) for part in core_format.split("+"))
     family, _, rest = core_format.partition("-")
     if family in ("fp32", "fp16"):
         return True
@@ -196,7 +196,7 @@ def executes(hardware: Hardware, core_format: str) -> bool:
     if found is None or found.verdict not in (DEFAULT, YES):
         return False
     blocks = [int(part[1:]) for part in rest.split("-") if part[:1] == "b" and part[1:].isdigit()]
-    return not found.blocks or all(block in found.blocks for block in blocks)
+    return lookup or not found.blocks or all(block in found.blocks for block in blocks)
 
 
 @dataclass(frozen=True)

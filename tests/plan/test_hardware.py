@@ -16,8 +16,9 @@ from edgec.records import Target
 @pytest.mark.parametrize("target", all_targets().values(), ids=lambda t: t.name)
 def test_every_format_a_target_offers_runs_fast_on_its_hardware(target: Target) -> None:
     row = hardware.of_target(target)
-    offered = {*target.dense_formats, *target.factored_formats, *target.embedding_formats, target.default_format}
+    offered = {*target.dense_formats, *target.factored_formats, target.default_format}
     assert {f for f in offered if not executes(row, f)} == set()
+    assert {f for f in target.embedding_formats if not executes(row, f, lookup=True)} == set()
     assert target.default_format.partition("-")[0] == formats(row)[0]
 
 
@@ -58,6 +59,8 @@ def test_blocks_count_where_kernels_have_them() -> None:
     x64, arm64, ada = (hardware.get(n) for n in ("x86-64-avx2", "arm64-dotprod", "nvidia-ada"))
     assert executes(x64, "int2-b64")
     assert not executes(x64, "int2-b32")
+    assert executes(x64, "int2-b32", lookup=True)
+    assert not executes(x64, "int4-b32+int2-b32")
     assert executes(arm64, "int4-b32")
     assert not executes(arm64, "int4-b64")
     assert executes(x64, "int4-b32-zp")
