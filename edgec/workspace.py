@@ -77,6 +77,10 @@ class Workspace:
         self.require_finite()
         return modeling.load_dense(self.checkpoint)
 
+    def forget_model(self) -> None:
+        """Give back the dense model's memory, where sampling text from it had needed it."""
+        self.__dict__.pop("model", None)
+
     def require_finite(self) -> None:
         """Check every weight once. Raises NumericsError naming the tensor."""
         if not self._finite:

@@ -123,8 +123,7 @@ def statistics_for(
     """What fitting a given plan needs of the activations: from a profile folder, measured now, or nothing at all."""
     if folder is not None:
         return load_profile(folder, workspace.checkpoint)
-    lossless = all(c.spec.kind == "dense" and not LayerFormat.parse(c.format).quantised for c in made.choices)
-    if plain or lossless:
+    if plain or lossless(made):
         return None
     require_text(workspace)
     statistics = collect(
@@ -136,6 +135,11 @@ def statistics_for(
         progress=lambda done, total: progress("calibrating", done, total),
     )
     return Profile(workspace.checkpoint.fingerprint, workspace.text.origin, statistics.tokens, (), statistics)
+
+
+def lossless(made: Plan) -> bool:
+    """Every layer dense and in floats: nothing to fit."""
+    return all(c.spec.kind == "dense" and not LayerFormat.parse(c.format).quantised for c in made.choices)
 
 
 def explicit_plan(workspace: Workspace, text: str, target: str) -> Plan:

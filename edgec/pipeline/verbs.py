@@ -7,6 +7,7 @@ from pathlib import Path
 
 from edgec import outputs
 from edgec.compress import store
+from edgec.compress.streaming import compress_streamed
 from edgec.export.onnx import exporter
 from edgec.export.targets import all_targets, get_target
 from edgec.pipeline.stages import (
@@ -14,17 +15,17 @@ from edgec.pipeline.stages import (
     Progress,
     explicit_plan,
     fit,
+    lossless,
     make_profile,
     planning_sizes,
     profile_of,
     search_plan,
     silent,
-    statistics_for,
 )
 from edgec.plan import files as plan_files
-from edgec.profile.store import Profile, save_profile
+from edgec.profile.store import Profile, load_profile, save_profile
 from edgec.records import Plan
-from edgec.workspace import Workspace
+from edgec.workspace import CALIBRATION_TOKENS, Workspace, require_text
 
 
 def profile(
@@ -76,12 +77,34 @@ def compress(
     force: bool = False,
     progress: Progress = silent,
 ) -> Plan:
-    """Fit a plan (a YAML file or a constraint) and write the Compressed folder."""
+    """Fit a plan (a YAML file or a constraint) and write the Compressed folder.
+
+    One transformer block is in memory at a time, and each is fitted on the activations that the compressed blocks
+    before it produce. With a profile folder, its statistics of the dense model are used instead, for the whole model
+    at once.
+    """
     outputs.check_free(out, force=force)
     workspace = Workspace(model, calibration)
     workspace.require_finite()
     made = explicit_plan(workspace, plan_text, target)
-    found = statistics_for(workspace, made, profile_folder, plain, progress)
-    factors = fit(workspace, made.choices, found, progress)
-    store.save_compressed(workspace.checkpoint, made, factors, plan_files.write_plan(made), out, force=force)
+    text = plan_files.write_plan(made)
+    if profile_folder is not None:
+        factors = fit(workspace, made.choices, load_profile(profile_folder, workspace.checkpoint), progress)
+        store.save_compressed(workspace.checkpoint, made, factors, text, out, force=force)
+        return made
+    batches = None
+    if not (plain or lossless(made)):
+        require_text(workspace)
+        batches = workspace.batches("calibrate", CALIBRATION_TOKENS)
+        workspace.forget_model()
+    compress_streamed(
+        workspace.checkpoint,
+        workspace.layers,
+        made,
+        batches,
+        out,
+        plan_text=text,
+        force=force,
+        progress=lambda done, total: progress("fitting", done, total),
+    )
     return made
