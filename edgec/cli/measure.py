@@ -17,6 +17,8 @@ from edgec.cli.options import (
     Json,
     Model,
     ProfileOption,
+    SearchOption,
+    Seed,
     TargetOption,
     app,
     out,
@@ -196,6 +198,8 @@ def frontier(
     ] = None,
     peers: Annotated[str, typer.Option(help="all, none, or some: rtn,gptq,svd,svd_llm,tt,ggml")] = "all",
     profile: ProfileOption = None,
+    search: SearchOption = "greedy",
+    seed: Seed = 0,
     heal: Annotated[
         str, typer.Option(help="heal plans and the best rivals alike for this long: off, 2min, 200steps")
     ] = "off",
@@ -213,6 +217,7 @@ def frontier(
     from edgec import frontier as room
     from edgec.heal.settings import parse_heal
     from edgec.peers import chosen
+    from edgec.plan.refine import parse_search
     from edgec.report.frontier_tables import to_json
 
     request = room.FrontierRequest(
@@ -223,8 +228,9 @@ def frontier(
         sts=sts,
         eval_text=eval_text,
         peers=chosen(peers),
-        heal=parse_heal(heal, method=heal_method, device=device),
+        heal=parse_heal(heal, method=heal_method, device=device, seed=seed),
         profile=profile,
+        search=parse_search(search, seed),
     )
     with console.progress() as bars:
         found = room.run_and_write(request, output, bars, force=force)

@@ -22,6 +22,7 @@ from edgec.frontier.race import SLACK, Heal, Race, Vectors
 from edgec.heal.settings import HealSettings
 from edgec.pipeline import Progress
 from edgec.plan.budget import parse_budget
+from edgec.plan.refine import Search
 from edgec.profile.store import Profile
 from edgec.records import Target
 from edgec.report import frontier_page, frontier_tables
@@ -52,6 +53,7 @@ class FrontierRequest:
     peers: tuple[str, ...] = field(default_factory=peers.families)
     heal: HealSettings = field(default_factory=HealSettings)
     profile: Path | None = None
+    search: Search = field(default_factory=Search)
     eval_tokens: int = EVALUATION_TOKENS
 
 
@@ -99,7 +101,9 @@ def run(
     )
     found = pipeline.profile_of(workspace, target, request.profile, progress)
     race = Race(workspace, target, found, judge, progress)
-    plan = planner(workspace, target, found) if planner else pipeline_planner(workspace, target, found, progress)
+    plan = planner(workspace, target, found) if planner else pipeline_planner(
+        workspace, target, found, request.search, progress
+    )
     race.edgec(plan, budgets)
     race.peers(request.peers, request.bits)
     if request.heal.mode != "off":

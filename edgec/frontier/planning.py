@@ -9,9 +9,10 @@ from typing import Protocol
 
 from edgec.compress.apply import fit_choices
 from edgec.fit import Factors
-from edgec.pipeline import Progress
+from edgec.pipeline import Goal, Progress, search_plan
 from edgec.plan.budget import parse_budget
-from edgec.plan.planner import Sizes, plan_to_budget
+from edgec.plan.planner import Sizes
+from edgec.plan.refine import Search
 from edgec.profile.store import Profile
 from edgec.records import Choice, Target
 from edgec.workspace import Workspace
@@ -33,25 +34,20 @@ class Planner(Protocol):
     def __call__(self, budget: str) -> Planned: ...
 
 
-def pipeline_planner(workspace: Workspace, target: Target, found: Profile, progress: Progress) -> Planner:
-    """Allocated, tried end to end on text of its own, the best one fitted."""
+def pipeline_planner(
+    workspace: Workspace, target: Target, found: Profile, search: Search, progress: Progress
+) -> Planner:
+    """The pipeline's own search, on text of its own, and the best plan fitted."""
 
     def fitted(choices: Sequence[Choice]) -> dict[str, Factors]:
         return fit_choices(choices, workspace.weight, workspace.layers, found.statistics.moment, workspace.cache)
 
     def plan(budget: str) -> Planned:
-        tried = 0
-
-        def evaluate(choices: list[Choice]) -> float:
-            nonlocal tried
-            tried += 1
-            progress(f"planning {budget}", tried - 1, tried)
-            with workspace.substituted(fitted(choices)) as model:
-                return workspace.divergence(model, workspace.search_batches)
+        def told(stage: str, done: int, total: int) -> None:
+            progress(f"planning {budget}", done, total)
 
         sizes = Sizes(workspace.checkpoint.parameters, other_bytes=0)  # a budget on linears counts nothing else
-        made = plan_to_budget(found, target, parse_budget(budget), sizes, evaluate)
-        progress(f"planning {budget}", tried, tried)
+        made = search_plan(workspace, found, target, Goal(parse_budget(budget), search=search), sizes, told)
         linears = [c for c in made.choices if c.role == "linear"]
         factors = fitted(linears)
         size = sum(fitted.stored_bytes for fitted in factors.values())
