@@ -29,10 +29,13 @@ PLUGIN = True
 
 Array = NDArray[Any]
 
-TURNS = 5
-"""Most turns of quantising the backbone and fitting the correction [count]. Against one turn, on MiniLM: 5 to 7 % less
-error after five, 7 to 11 % after sixteen.
+TURNS = 6
+"""Most turns of quantising the backbone and fitting the correction [count]. On four layers of MiniLM, six leave 5 to
+15 % less error than one; sixteen, on two of them, took another 2 to 3 % off.
 """
+
+_LARGE = 1 << 22
+"""Weights beyond this size [values] take two turns, in float32: one is a whole GPTQ and a whole decomposition."""
 
 
 def contraction(spec: Spec, out: int, in_: int) -> Contraction:
@@ -54,16 +57,18 @@ def factorize(weight: Array, spec: Spec, moment: SecondMoment | None, finish: Fi
     contraction(spec, *weight.shape)
     if not np.isfinite(weight).all():
         raise NumericsError("the weight holds NaN or Inf")
-    w = np.asarray(weight, dtype=np.float64)
-    correction, before, least = np.zeros_like(w), np.zeros_like(w), np.inf
-    for turn in range(TURNS):
-        after, error = _turn(w, correction, spec.ranks[0], moment, finish)
-        if turn and not error < least:
-            _turn(w, before, spec.ranks[0], moment, finish)  # the last call of a name wins: back to the turn before
-            return
-        before, correction, least = correction, after, error
+    w = np.asarray(weight, dtype=np.float64 if weight.size <= _LARGE else np.float32)
+    start = best = np.zeros_like(w)
+    least, last = np.inf, False
+    for _ in range(TURNS if weight.size <= _LARGE else min(TURNS, 2)):
+        after, error = _turn(w, start, spec.ranks[0], moment, finish)
+        if last := error < least:
+            best, least = start, error
         if error == 0:
-            return
+            break
+        start = after
+    if not last:  # rounding makes a turn worse now and then, and the last call of a name stands: the best one again
+        _turn(w, best, spec.ranks[0], moment, finish)
 
 
 def _turn(
@@ -74,15 +79,24 @@ def _turn(
     root = None if moment is None or moment.width > MAX_STATE else moment.root
     white = rest if root is None else rest @ root
     rows = right_singular(white, rank)
-    if root is not None:  # back from whitened coordinates, where a row of B meets inputs of unit variance
+    size = float(np.linalg.norm(white @ rows))  # of A, while the rows of B have length 1 or meet unit variance
+    if root is not None:  # back from whitened coordinates
         rows = solve_triangular(root, rows, trans="T", lower=True, check_finite=False)
-    b = np.asarray(finish("core2", rows.T, None if root is None else moment), dtype=np.float64)
+    rows *= _balance(size / w.shape[0] ** 0.5, float(np.linalg.norm(rows)) / w.shape[1] ** 0.5)
+    b = np.asarray(finish("core2", rows.T, None if root is None else moment), dtype=w.dtype)
     seen = b if root is None else b @ root
     second = seen @ seen.T  # of what B makes of the inputs: the metric in which A is fitted and quantised
     a = finish("core1", solve(second, white @ seen.T), None if root is None else SecondMoment(second))
-    correction = np.asarray(a, dtype=np.float64) @ b
-    left = white - np.asarray(a, dtype=np.float64) @ seen
-    return correction, float(np.vdot(left, left))
+    a = np.asarray(a, dtype=w.dtype)
+    left = white - a @ seen
+    return a @ b, float(np.vdot(left, left))
+
+
+def _balance(a: float, b: float) -> float:
+    """The power of two that brings numbers of size a down, and of size b up, to meet: what is left of a weight is
+    small, and all of it in one core, the core's scales would fall below fp16's normal range and be stored as fp32.
+    """
+    return float(2.0 ** np.rint(0.5 * np.log2(a / b))) if a > 0 and b > 0 else 1.0
 
 
 def suggest(out: int, in_: int, ratio: float, multiple: int) -> list[Spec]:

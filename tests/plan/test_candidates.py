@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
-from edgec.contraction import MatMul
+from edgec.contraction import core_shapes, quantisable
 from edgec.errors import UsageError
 from edgec.export.targets import all_targets, get_target
 from edgec.fit import contraction_of
 from edgec.plan.candidates import FALLBACK, candidates, executable, uniform
-from edgec.quantize.formats import CoreFormat
+from edgec.quantize.formats import CoreFormat, LayerFormat, PairFormat
 from edgec.records import Spec
 
 X64, ARM64 = get_target("onnx-x64"), get_target("onnx-arm64")
@@ -29,18 +31,22 @@ def test_everything_offered_is_executable(target: object, shape: tuple[int, int]
         assert executable(target, role, shape, spec, fmt, tied=tied)
         if role == "embedding":
             assert spec.kind == "dense"
+        assert not fmt.simulated
         if not fmt.quantised:
             assert (spec.kind, fmt) == ("dense", FALLBACK)
             continue
+        assert isinstance(fmt, PairFormat) == (spec.kind == "residual") or role == "embedding"
         assert all(rank % target.rank_multiple == 0 for rank in spec.ranks)
-        for step in contraction_of(spec, shape, role).steps:
-            if isinstance(step, MatMul):
-                assert step.k >= fmt.block or role == "embedding"
-                assert step.k % target.k_multiple == 0
+        contraction = contraction_of(spec, shape, role)
+        for core, (*_, k) in core_shapes(contraction).items():
+            if core in quantisable(contraction) and role != "embedding":
+                assert k >= fmt.of(core).block
+                assert k % target.k_multiple == 0
 
 
 def test_arm64_offers_no_two_bits_and_blocks_of_32_only() -> None:
     for _, fmt in candidates([ARM64], "linear", (384, 1536)):
+        assert isinstance(fmt, CoreFormat)  # no pairs either: every backbone worth correcting has two bits
         assert fmt.bits in (4, 8)
         assert fmt.block == 32
     assert (Spec("dense"), CoreFormat.parse("int2-b64")) in candidates([X64], "linear", (384, 1536))
@@ -58,7 +64,37 @@ def test_odd_widths_fall_back_to_floats() -> None:
 def test_incompressible_layers_and_tables_stay_dense() -> None:
     assert {spec.kind for spec, _ in candidates([X64], "linear", (384, 1536), incompressible=True)} == {"dense"}
     assert {spec.kind for spec, _ in candidates([X64], "embedding", (1000, 384))} == {"dense"}
-    assert {"dense", "svd", "tensor_train"} == {spec.kind for spec, _ in candidates([X64], "linear", (384, 1536))}
+    kinds = {spec.kind for spec, _ in candidates([X64], "linear", (384, 1536))}
+    assert kinds == {"dense", "residual", "svd", "tensor_train"}
+
+
+def test_backbones_come_with_small_corrections() -> None:
+    pair = PairFormat(CoreFormat(2, 128), CoreFormat(4, 32))
+    for shape in [(384, 384), (384, 1536), (1536, 384)]:
+        offered = [(spec, fmt) for spec, fmt in candidates([X64], "linear", shape) if spec.kind == "residual"]
+        assert offered == [(Spec("residual", (32,)), pair), (Spec("residual", (64,)), pair)]
+    assert not any(spec.kind == "residual" for spec, _ in candidates([X64], "linear", (64, 64)))  # narrower than a block
+
+
+def test_each_core_is_checked_against_its_own_format() -> None:
+    good, pair = Spec("residual", (64,)), PairFormat(CoreFormat(2, 128), CoreFormat(4, 32))
+    assert executable(X64, "linear", (256, 256), good, pair)
+    assert not executable(X64, "linear", (256, 96), good, pair)  # the backbone's block does not fit its rows
+    assert not executable(X64, "linear", (256, 256), Spec("residual", (16,)), pair)  # nor the correction's its rank
+    assert not executable(X64, "linear", (256, 256), good, CoreFormat(4, 32))
+    assert not executable(X64, "linear", (256, 256), good, PairFormat(CoreFormat(2, 128), CoreFormat(8, 32)))
+    assert not executable(X64, "linear", (256, 256), Spec("svd", (64,)), pair)
+    assert not executable(ARM64, "linear", (256, 256), good, pair)
+
+
+@pytest.mark.parametrize("name", ["int3-b32", "fp8-e4m3", "int3-b64+int4-b32", "int2-b128+fp8-e4m3"])
+@pytest.mark.parametrize("kind", ["dense", "svd", "residual"])
+def test_simulated_formats_are_executable_nowhere(name: str, kind: str) -> None:
+    fmt, spec = LayerFormat.parse(name), Spec(kind, () if kind == "dense" else (64,))
+    for target in all_targets().values():
+        offering = replace(target, dense_formats=(name,), factored_formats=(name,), residual_formats=(name,))
+        assert not executable(offering, "linear", (256, 256), spec, fmt)
+        assert not executable(replace(offering, embedding_formats=(name,)), "embedding", (256, 256), Spec("dense"), fmt)
 
 
 def test_a_tied_dense_head_must_be_readable_as_a_table() -> None:
