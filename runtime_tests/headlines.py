@@ -40,6 +40,9 @@ INTACT = 0.03
 """What "with the intelligence intact" may cost at most: the 2–3 % that CompactifAI reports."""
 FIRST_LAYER = (0.49, 0.97)
 
+_OVERSHOOT = (1.0, 1.25, 1.6)
+"""A suggestion may stay well below its ratio; larger ones are asked for too, and kept where they are within it."""
+
 FLOAT = CoreFormat(32)
 
 
@@ -98,14 +101,15 @@ class Bench:
     def _best(self, layer: Layer, kind: str, ratio: float, moment: SecondMoment) -> tuple[Factors, int]:
         weight = self.workspace.weight(layer.name)
         tried = []
-        for spec in decompose.get(kind).suggest(*layer.shape, ratio, 8):
-            if spec.kind != kind:
+        offered = [s for more in _OVERSHOOT for s in decompose.get(kind).suggest(*layer.shape, ratio * more, 8)]
+        for spec in dict.fromkeys(offered):
+            size = parameters(contraction_of(spec, layer.shape, layer.role))
+            if spec.kind != kind or size > ratio * layer.shape[0] * layer.shape[1]:
                 continue
             try:
                 factors = fit(weight, spec, FLOAT, moment=moment)
             except NumericsError:  # one form of several; none at all is an error below
                 continue
-            size = parameters(contraction_of(spec, layer.shape, layer.role))
             tried.append((moment.squared(weight - factors.dense()), size, factors))
         if not tried:
             raise PlanError(f"no {kind} of {layer.name} has {ratio:.0%} of its parameters")

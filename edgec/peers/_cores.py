@@ -69,14 +69,19 @@ def sized_peers(
     *,
     whitened: bool,
 ) -> list[Peer]:
-    """One int8-cored peer per budget. structure: (out, in) → (rank → Spec, largest rank)."""
-    fmt = CoreFormat.parse("int8-b32")
+    """One int8-cored peer per budget. structure: (out, in) → (rank → Spec, largest rank).
+
+    Blocks of 32, or of 16 where those allow a higher rank: a short bond pads its last block.
+    """
+    formats = [CoreFormat.parse(name) for name in ("int8-b32", "int8-b16")]
 
     def sized(budget: float) -> Peer:
         def make(weight: NDArray[Any], moment: SecondMoment | None) -> Replacement:
             shape = (int(weight.shape[0]), int(weight.shape[1]))
             spec_of, top = structure(*shape)
-            rank = largest_rank(spec_of, top, shape, fmt, budget)
+            ranks = [largest_rank(spec_of, top, shape, fmt, budget) for fmt in formats]
+            rank = max(ranks)
+            fmt = formats[ranks.index(rank)]
             factors = fit(weight, spec_of(rank), fmt, moment=moment if whitened else None)
             return Replacement(factors, factors.stored_bytes, f"χ={rank} {fmt}")
 

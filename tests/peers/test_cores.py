@@ -114,13 +114,16 @@ def test_sized_peers_take_the_largest_rank_that_fits(
 
 
 def test_a_sized_peer_is_what_its_rank_says() -> None:
+    """In blocks of 32 where bonds are long, of 16 where those waste their padding."""
     weight, moment = _layer()
-    made = _named("tt", "TT + int8 at 3").replace(weight, moment)
-    spec_of, top = tt.interleaved(OUT, IN)
-    rank = largest_rank(spec_of, top, (OUT, IN), CoreFormat.parse("int8-b32"), 3.0)
-    assert made.form == f"χ={rank} int8-b32"
-    assert made.bytes == stored_bytes(spec_of(rank), (OUT, IN), "linear", CoreFormat.parse("int8-b32"))
-    assert made.bytes <= 3.0 * OUT * IN / 8
+    for bits, family in ((3.0, "tt"), (3.0, "svd"), (7.0, "svd")):
+        (made,) = [p.replace(weight, moment) for p in peers.get(family).peers(TARGET, (bits,))]
+        spec_of, top = (tt.interleaved if family == "tt" else svd.low_rank)(OUT, IN)
+        formats = [CoreFormat.parse(name) for name in ("int8-b32", "int8-b16")]
+        ranks = [largest_rank(spec_of, top, (OUT, IN), fmt, bits) for fmt in formats]
+        fmt = formats[ranks.index(max(ranks))]
+        assert made.form == f"χ={max(ranks)} {fmt}"
+        assert made.bytes == stored_bytes(spec_of(max(ranks)), (OUT, IN), "linear", fmt) <= bits * OUT * IN / 8
 
 
 def test_a_narrow_layer_takes_the_widest_block_that_fits() -> None:
