@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgec import decompose
-from edgec.contraction import Contraction, Gather, core_shapes, dense, quantisable
+from edgec.contraction import Contraction, Gather, core_shapes, dense, quantisable, walk
 from edgec.errors import NumericsError, PlanError
 from edgec.moments import SecondMoment
 from edgec.quantize import gptq, rtn
@@ -24,6 +24,13 @@ from edgec.quantize.formats import BACKBONE, CoreFormat, LayerFormat, PairFormat
 from edgec.records import Spec
 
 Core = NDArray[Any] | QuantizedTensor
+
+_GPTQ_TABLE = 1 << 26
+"""Largest dense table that is quantised by GPTQ [values]: the gain is a quarter of a loss that large tables, which
+models of many parameters have, hardly feel, and takes a minute there."""
+
+_MIXER = CoreFormat(8, 32)
+"""Format of the small matrices of a quantised factored table: every row passes through them, and they weigh nothing."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,9 +59,11 @@ class Factors:
 
 def contraction_of(spec: Spec, shape: tuple[int, int], role: str) -> Contraction:
     """The contraction of a spec for a layer of `shape` (out, in); of a table (v, n) when the role is "embedding"."""
-    if role == "embedding":
-        if spec.kind != "dense":
-            raise PlanError(f"an embedding can only be dense (quantised) so far; got {spec}")
+    if spec.kind not in (known := decompose.kinds_of(role)):
+        raise PlanError(f"a layer of role {role!r} can be {', '.join(known)}; got {spec}")
+    if role == "embedding" and spec.kind == "dense":
+        if spec.ranks or spec.modes:
+            raise PlanError(f"a dense table has neither ranks nor modes; got {spec}")
         return Contraction(shape[1], shape[0], (Gather("weight", *shape),))
     return decompose.get(spec.kind).contraction(spec, *shape)
 
@@ -63,8 +72,8 @@ def stored_bytes(spec: Spec, shape: tuple[int, int], role: str, fmt: LayerFormat
     """Bytes that a choice will store, known before anything is computed. Raises PlanError like `fit`."""
     contraction = contraction_of(spec, shape, role)
     _check_pair(spec, contraction, fmt)
-    able = quantisable(contraction)
-    return sum(_format_of(name, able, fmt).stored_bytes(s) for name, s in core_shapes(contraction).items())
+    formats = core_formats(contraction, fmt)
+    return sum(formats[name].stored_bytes(s) for name, s in core_shapes(contraction).items())
 
 
 def fit(
@@ -73,18 +82,19 @@ def fit(
     """weight [out, in] (table [v, n] for an embedding) → Factors.
 
     With a moment, the factorization is whitened by it and cores are quantised by GPTQ; without one, plain and
-    rounded to nearest. Raises NumericsError when the weight is not finite, PlanError for a pair of formats where no
+    rounded to nearest. A table's is a `TableMoment`: its curvature does for a row what a layer's input moment does for
+    a row of a matrix. Raises NumericsError when the weight is not finite, PlanError for a pair of formats where no
     core is a backbone.
     """
     if not np.isfinite(weight).all():
         raise NumericsError("the weight holds NaN or Inf")
     contraction = contraction_of(spec, (int(weight.shape[0]), int(weight.shape[1])), role)
     _check_pair(spec, contraction, fmt)
-    able = quantisable(contraction)
+    formats = core_formats(contraction, fmt)
     cores: dict[str, Core] = {}
 
     def finish(name: str, core: NDArray[Any], core_moment: SecondMoment | None) -> NDArray[Any]:
-        own = _format_of(name, able, fmt)
+        own = formats[name]
         if own.quantised:
             method = rtn if core_moment is None else gptq
             quantised: QuantizedTensor = method.quantize(core, own, core_moment)
@@ -94,16 +104,30 @@ def fit(
         cores[name] = stored
         return stored
 
-    if role == "embedding":
-        finish("weight", weight, None)
+    if role == "embedding" and spec.kind == "dense":
+        finish("weight", weight, moment if weight.size <= _GPTQ_TABLE else None)
     else:
         decompose.get(spec.kind).factorize(weight, spec, moment, finish)
     return Factors(contraction, cores)
 
 
-def _format_of(name: str, able: frozenset[str], fmt: LayerFormat) -> CoreFormat:
-    """Cores that no low-bit kernel takes (diagonal scales, block rotations) are kept as fp16 in a quantised layer."""
-    return fmt.of(name) if name in able or not fmt.quantised else CoreFormat(16)
+def core_formats(contraction: Contraction, fmt: LayerFormat) -> dict[str, CoreFormat]:
+    """How each core of a layer is stored.
+
+    In a quantised layer, cores that no low-bit kernel takes (diagonal scales, block rotations) are kept as fp16, and
+    the mixers of a factored table at 8 bits.
+    """
+    able = quantisable(contraction)
+    tables = {step.core for step in walk(contraction.steps) if isinstance(step, Gather)}
+
+    def own(name: str) -> CoreFormat:
+        if name not in able and fmt.quantised:
+            return CoreFormat(16)
+        if tables and name not in tables and fmt.of(name).quantised:
+            return _MIXER
+        return fmt.of(name)
+
+    return {name: own(name) for name in core_shapes(contraction)}
 
 
 def _check_pair(spec: Spec, contraction: Contraction, fmt: LayerFormat) -> None:

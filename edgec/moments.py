@@ -76,3 +76,15 @@ class SecondMoment:
                 return np.asarray(lower, dtype=np.float64)
             damping *= 10
         raise NumericsError("the second moment of the layer's input is not positive semi-definite")
+
+
+class TableMoment(SecondMoment):
+    """A lookup table's statistics, the other way round: a table [v, d] has no input, so `matrix` [d, d] is the
+    curvature G at its output, and `rows` [v] is how often each row is read. An error E costs ½ Σ_v rows_v E_v G E_vᵀ.
+    """
+
+    def __init__(self, curvature: Array, rows: Array) -> None:
+        super().__init__(curvature)
+        if not (np.isfinite(rows).all() and (rows >= 0).all()):
+            raise NumericsError("how often a table's rows are read is negative, NaN or Inf")
+        self.rows: NDArray[np.float32] = np.asarray(rows, dtype=np.float32)

@@ -47,7 +47,7 @@ def profile(target: Target = X64) -> Made:
 
 
 def _scored(choice: Choice, weight: float) -> Choice:
-    if choice.spec.kind == "residual":
+    if "+" in choice.format:  # a coarse backbone with something finer beside it
         bits, kept = 3.0, 1.0
     else:
         bits = float(CoreFormat.parse(choice.format).bits)

@@ -24,7 +24,7 @@ from edgec.companions import copy_companions
 from edgec.compress.apply import apply_factors
 from edgec.contraction import core_shapes
 from edgec.errors import CheckpointError
-from edgec.fit import Core, Factors, contraction_of
+from edgec.fit import Core, Factors, contraction_of, core_formats
 from edgec.outputs import staged_folder
 from edgec.quantize.formats import CoreFormat, LayerFormat, QuantizedTensor, unpack_bits
 from edgec.records import Choice, Plan, as_dict
@@ -123,9 +123,9 @@ def read_factors(compressed: Compressed) -> dict[str, Factors]:
     factors = {}
     for choice in compressed.plan.choices:
         contraction = contraction_of(choice.spec, choice.shape, choice.role)
-        fmt = LayerFormat.parse(choice.format)
+        formats = core_formats(contraction, LayerFormat.parse(choice.format))
         found = {
-            name: read(f"{choice.layer}.cores.{name}", shape, fmt.of(name))
+            name: read(f"{choice.layer}.cores.{name}", shape, formats[name])
             for name, shape in core_shapes(contraction).items()
         }
         factors[choice.layer] = Factors(contraction, found)

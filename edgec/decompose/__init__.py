@@ -11,6 +11,9 @@ A file is a plugin when it sets `PLUGIN = True` and defines
     exact(out, in_) -> list[Spec]
         specs that lose nothing, at least one: what the contract tests hold every decomposition to
 
+One that also sets `LOOKUP = True` is of tables: weight [v, d] (out, in_ = v, d), a contraction that takes row numbers
+and starts with a Gather, and a moment that is a `TableMoment`.
+
 A file may set `SEARCHED = False`: its kind works in a plan that names it, but is not offered to the planner by default,
 because on the real weights measured so far another kind was always the better buy (its docstring says by how
 much). Fitting what cannot win is what a profile would spend most of its time on. Absent means True.
@@ -45,8 +48,22 @@ class Decomposition(Protocol):
 
 
 def kinds() -> tuple[str, ...]:
-    """Names of all decompositions."""
-    return plugins.names(__name__)
+    """Names of all decompositions of matrices."""
+    return tuple(name for name in plugins.names(__name__) if not _lookup(name))
+
+
+def lookups() -> tuple[str, ...]:
+    """Names of all decompositions of lookup tables; "dense", which every role has, is not among them."""
+    return tuple(name for name in plugins.names(__name__) if _lookup(name))
+
+
+def kinds_of(role: str) -> tuple[str, ...]:
+    """What a layer of this role ("embedding" or any other) may be."""
+    return ("dense", *lookups()) if role == "embedding" else kinds()
+
+
+def _lookup(name: str) -> bool:
+    return bool(getattr(plugins.load(__name__, name), "LOOKUP", False))
 
 
 def searched() -> tuple[str, ...]:

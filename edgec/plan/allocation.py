@@ -44,7 +44,7 @@ def layer_items(candidates: Sequence[Sequence[Choice]], tied: Sequence[tuple[str
 
 
 def _tied_options(heads: Sequence[Choice], tables: Sequence[Choice]) -> list[Option]:
-    shared = {c.format: c for c in tables}
+    shared = {c.format: c for c in tables if c.spec.kind == "dense"}  # a factored table has no rows to multiply with
     options = []
     for head in heads:
         if head.spec.kind == "dense":

@@ -5,16 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from edgec import decompose
-from edgec.contraction import core_shapes, quantisable
-from edgec.fit import contraction_of
+from edgec.contraction import Gather, core_shapes, quantisable, walk
+from edgec.fit import contraction_of, core_formats
 from edgec.quantize.formats import CoreFormat, LayerFormat
 from edgec.records import Spec, Target
 
 RATIOS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 """Parameter ratios tried for factored forms: below 0.3 nothing survives without healing, above 0.9 nothing is saved."""
 
-RESIDUAL_RATIOS = (1.12, 1.22, 1.34)
-"""Parameter ratios tried for a backbone with a correction: 1 is the backbone. `residual` suggests small ranks only."""
+TABLE_RATIOS = (1 / 2, 2 / 3, 5 / 6, 1.0)
+"""Shares of its columns that a factored table keeps: below a half, too little is left of the tokens that are rare."""
+
+TABLE_FORMATS = ("int4-b32", "int2-b32+int4-b32")
+"""Formats of a factored table, of one band and of two. At 8 bits, fewer columns cost more than fewer bits would."""
+
+_WHOLE = {"residual": (1.12, 1.22, 1.34), "disentangled": (1.0,)}
+"""Kinds that keep a whole matrix, and the parameter ratios tried for them: 1 is that matrix alone."""
 
 FALLBACK = CoreFormat(16)
 """What a layer that nothing else fits is kept as: fp16 in the file, cast to fp32 inside the graph."""
@@ -31,11 +37,13 @@ def candidates(
     for target in targets:
         dense = target.embedding_formats if role == "embedding" or tied else target.dense_formats
         found += [(Spec("dense"), LayerFormat.parse(name)) for name in dense]
+        if role == "embedding":
+            found += _factored_tables(shape, target.rank_multiple)
         if role == "embedding" or incompressible:
             continue
         for kind in decompose.searched():
             allowed = target.formats_of(kind)
-            for ratio in RESIDUAL_RATIOS if kind == "residual" else RATIOS:
+            for ratio in _WHOLE.get(kind, RATIOS):
                 for spec in decompose.get(kind).suggest(*shape, ratio, target.rank_multiple) if allowed else ():
                     if spec.kind != "dense":
                         found += [(spec, LayerFormat.parse(name)) for name in allowed]
@@ -53,6 +61,8 @@ def executable(
         return False
     if not fmt.quantised:
         return True
+    if role == "embedding" and spec.kind != "dense":
+        return _factored_table_executable(target, shape, spec, fmt)
     if role == "embedding" or (tied and spec.kind == "dense"):
         return str(fmt) in target.embedding_formats and shape[1] % fmt.of("weight").block == 0
     if str(fmt) not in target.formats_of(spec.kind):
@@ -62,6 +72,30 @@ def executable(
     return all(k >= fmt.of(core).block and k % target.k_multiple == 0 for core, k in inner.items()) and all(
         rank % target.rank_multiple == 0 for rank in spec.ranks
     )
+
+
+def _factored_tables(shape: tuple[int, int], multiple: int) -> list[tuple[Spec, LayerFormat]]:
+    found = []
+    for kind in decompose.lookups():
+        for ratio in TABLE_RATIOS:
+            for spec in decompose.get(kind).suggest(*shape, ratio, multiple):
+                single = len(spec.ranks) == 1
+                found += [(spec, LayerFormat.parse(n)) for n in TABLE_FORMATS if ("+" in n) != single]
+    return found
+
+
+def _factored_table_executable(target: Target, shape: tuple[int, int], spec: Spec, fmt: LayerFormat) -> bool:
+    """Its tables must be readable by the lookup kernel, its mixers by the matrix product's."""
+    contraction = contraction_of(spec, shape, "embedding")
+    shapes, formats = core_shapes(contraction), core_formats(contraction, fmt)
+    tables = {step.core for step in walk(contraction.steps) if isinstance(step, Gather)}
+    for core, own in formats.items():
+        k = shapes[core][-1]
+        if core in tables and (str(own) not in target.embedding_formats or k % own.block):
+            return False
+        if core not in tables and (str(own) not in target.dense_formats or k % target.k_multiple or k < own.block):
+            return False
+    return all(rank % target.rank_multiple == 0 for rank in spec.ranks)
 
 
 def uniform(shape: tuple[int, int], ratio: float, multiple: int) -> Spec:

@@ -125,7 +125,7 @@ def _plan(path: Path, body: Any, known: Mapping[str, Layer]) -> Plan:
         choices[name] = _choice(f"{path}: layer {name!r}", entry, known[name])
     for name, choice in choices.items():  # a tied head of the same format shares the table's bytes
         table = choices.get(known[name].tied_to or "")
-        if table is not None and choice.spec.kind == "dense" and choice.format == table.format:
+        if table and choice.spec.kind == table.spec.kind == "dense" and choice.format == table.format:
             choices[name] = replace(choice, bytes=0)
     other = body.get("totals", {}).get("other_bytes", 0)
     return Plan(
@@ -143,8 +143,8 @@ def _choice(where: str, entry: Mapping[str, Any], layer: Layer) -> Choice:
     numbers = [*ranks, *(m for pair in modes for m in pair)]
     if any(type(n) is not int or n < 1 for n in numbers) or any(len(pair) != 2 for pair in modes):
         raise RecipeError(f"{where}: ranks are positive integers and modes are [out, in] pairs of them")
-    if entry["kind"] not in decompose.kinds():
-        raise RecipeError(f"{where}: unknown kind {entry['kind']!r}; known: {', '.join(decompose.kinds())}")
+    if entry["kind"] not in (known := decompose.kinds_of(layer.role)):
+        raise RecipeError(f"{where}: unknown kind {entry['kind']!r}; known: {', '.join(known)}")
     spec = Spec(str(entry["kind"]), tuple(ranks), tuple((o, i) for o, i in modes))
     try:
         fmt = LayerFormat.parse(str(entry["format"]))

@@ -112,6 +112,10 @@ def test_tied_items_are_paid_once() -> None:
         choice("head", 10, 0.9, Spec("svd", (4,)), "int4-b32"),
     ]
     tables = [choice("table", 100, 0.1, fmt="int8-b32"), choice("table", 50, 0.4, fmt="int4-b32")]
+    factored = choice("table", 40, 0.5, Spec("table_svd", (4,)), "int4-b32")  # no dense head can read its rows
+    for found in layer_items([[*tables, factored], heads], [("head", "table")])[0]:
+        if factored in found.choices:
+            assert found.choices[0].spec.kind == "svd"
     other = [choice("other", 7, 0.0)]
     items = layer_items([tables, other, heads], [("head", "table")])
     assert sorted((o.bytes, round(o.loss, 3)) for o in items[0]) == [(50, 0.9), (60, 1.3), (100, 0.2), (110, 1.0)]

@@ -6,10 +6,11 @@ from dataclasses import replace
 
 import pytest
 
+from edgec import decompose
 from edgec.contraction import core_shapes, quantisable
 from edgec.errors import UsageError
 from edgec.export.targets import all_targets, get_target
-from edgec.fit import contraction_of
+from edgec.fit import contraction_of, stored_bytes
 from edgec.plan.candidates import FALLBACK, candidates, executable, uniform
 from edgec.quantize.formats import CoreFormat, LayerFormat, PairFormat
 from edgec.records import Spec
@@ -30,7 +31,7 @@ def test_everything_offered_is_executable(target: object, shape: tuple[int, int]
     for spec, fmt in found:
         assert executable(target, role, shape, spec, fmt, tied=tied)
         if role == "embedding":
-            assert spec.kind == "dense"
+            assert spec.kind in ("dense", *decompose.lookups())
         assert not fmt.simulated
         if not fmt.quantised:
             assert (spec.kind, fmt) == ("dense", FALLBACK)
@@ -61,9 +62,26 @@ def test_odd_widths_fall_back_to_floats() -> None:
     assert (Spec("dense"), CoreFormat.parse("int4-b32")) in both
 
 
-def test_incompressible_layers_and_tables_stay_dense() -> None:
+def test_factored_tables_are_of_one_band_or_of_a_pair_of_formats() -> None:
+    shape = (30522, 384)
+    x64, arm64 = (
+        [(spec, fmt) for spec, fmt in candidates([t], "embedding", shape) if spec.kind != "dense"] for t in (X64, ARM64)
+    )
+    assert {str(fmt) for spec, fmt in x64 if len(spec.ranks) == 1} == {"int4-b32"}
+    assert {str(fmt) for spec, fmt in x64 if len(spec.ranks) == 2} == {"int2-b32+int4-b32"}
+    assert {(len(spec.ranks), str(fmt)) for spec, fmt in arm64} == {(1, "int4-b32")}
+    dense = stored_bytes(Spec("dense"), shape, "embedding", CoreFormat.parse("int4-b64"))
+    sizes = sorted(stored_bytes(spec, shape, "embedding", fmt) / dense for spec, fmt in x64)
+    assert sizes[0] < 0.6
+    assert sizes[-1] < 1.0
+    odd = Spec("table_svd", (33,))
+    assert not executable(X64, "embedding", shape, odd, CoreFormat.parse("int4-b32"))
+    assert not executable(X64, "embedding", shape, Spec("table_svd", (64,)), CoreFormat.parse("int4-b128"))
+
+
+def test_incompressible_layers_stay_dense_and_tables_have_kinds_of_their_own() -> None:
     assert {spec.kind for spec, _ in candidates([X64], "linear", (384, 1536), incompressible=True)} == {"dense"}
-    assert {spec.kind for spec, _ in candidates([X64], "embedding", (1000, 384))} == {"dense"}
+    assert {spec.kind for spec, _ in candidates([X64], "embedding", (1000, 384))} == {"dense", *decompose.lookups()}
     kinds = {spec.kind for spec, _ in candidates([X64], "linear", (384, 1536))}
     assert kinds == {"dense", "residual", "svd", "tensor_train"}
 

@@ -254,7 +254,7 @@ def test_dense_constraints_share_a_tied_table() -> None:
         assert by_layer["head"].bytes == 0 < by_layer["embed"].bytes
 
 
-def test_two_bit_tables_do_not_exist() -> None:
+def test_constraints_keep_tables_at_four_bits_or_more() -> None:
     by_layer = constrained_plan("dense:int2-b64", LAYERS, X64, "x").by_layer()
     assert by_layer["embed"].format == by_layer["head"].format == "int4-b32"
     assert by_layer["block.0.up"].format == "int2-b64"
@@ -317,5 +317,5 @@ def test_plans_that_do_not_fit_are_refused_by_layer() -> None:
     refused("'block.0.up': onnx-x64 does not execute", format="int4-b16")
     refused("unknown core format", format="int5-b32")
     table = tuple(replace(c, spec=Spec("svd", (32,))) if c.role == "embedding" else c for c in plan.choices)
-    with pytest.raises(PlanError, match="'embed': an embedding can only be dense"):
+    with pytest.raises(PlanError, match="'embed': a layer of role 'embedding' can be dense, table_svd"):
         check_plan(replace(plan, choices=table), LAYERS, X64, "sha256:x")

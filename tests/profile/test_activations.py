@@ -18,8 +18,9 @@ from edgec.compress.apply import apply_factors
 from edgec.errors import NumericsError
 from edgec.evaluate.embeddings import cosine, embed_batches
 from edgec.evaluate.language import compare, torch_logits
+from edgec.moments import TableMoment
 from edgec.pooling import Pooling
-from edgec.profile.activations import Statistics, collect
+from edgec.profile.activations import UNSEEN, Statistics, collect, smoothed
 from edgec.profile.profiler import Scorer
 from edgec.quantize.formats import CoreFormat
 from edgec.records import Spec
@@ -76,7 +77,38 @@ def test_second_moments_are_those_of_the_unmasked_tokens() -> None:
         np.testing.assert_allclose(found.second_moments[layer.name], (x.T @ x / 73).numpy(), rtol=1e-4, atol=1e-6)
     ids = torch.cat([b["input_ids"][b["attention_mask"].bool()] for b in batches.items])
     counts = torch.bincount(ids, minlength=80).numpy() / 73
-    np.testing.assert_allclose(found.second_moments["model.embed_tokens"], counts, rtol=1e-6)
+    plain = collect(model, layers, batches, pooling=None, curvature=False)
+    np.testing.assert_allclose(plain.second_moments["model.embed_tokens"], counts, rtol=1e-6)
+
+
+def test_rows_of_a_table_count_by_the_energy_of_their_gradients() -> None:
+    model, batches = tiny_llama(), some_batches()
+    squares = torch.zeros(80, dtype=torch.float64)
+    ids: list[torch.Tensor] = []
+
+    def spread(gradient: torch.Tensor) -> None:
+        for row, token in zip(gradient.double().reshape(-1, gradient.shape[-1]), ids[-1].reshape(-1), strict=True):
+            squares[token] += (row**2).sum()
+
+    def watch(_module: Any, inputs: Any, output: torch.Tensor) -> None:
+        ids.append(inputs[0])
+        output.requires_grad_(True).register_hook(spread)
+
+    handle = model.get_submodule("model.embed_tokens").register_forward_hook(watch)
+    found = collect(model, modeling.layers(model), batches, pooling=None)
+    handle.remove()
+    shares = found.second_moments["model.embed_tokens"]
+    np.testing.assert_allclose(shares, (squares / squares.sum()).numpy(), rtol=1e-5)
+    moment = found.moment("model.embed_tokens")
+    assert isinstance(moment, TableMoment)
+    assert moment is found.moment("model.embed_tokens")
+    np.testing.assert_allclose(moment.rows, smoothed(shares))
+    np.testing.assert_allclose(moment.matrix, found.curvatures["model.embed_tokens"])
+
+
+def test_smoothing_shares_half_of_the_reads_out_evenly() -> None:
+    np.testing.assert_allclose(smoothed(np.array([0.0, 3.0, 1.0, 0.0])), [0.5, 2.0, 1.0, 0.5])
+    np.testing.assert_allclose(smoothed(np.zeros(4)), np.full(4, UNSEEN / 4))
 
 
 def test_layers_that_read_one_tensor_share_one_array() -> None:
@@ -88,7 +120,6 @@ def test_layers_that_read_one_tensor_share_one_array() -> None:
     assert found.moment(f"{block}self_attn.q_proj") is found.moment(f"{block}self_attn.v_proj")
     gate, up = (found.second_moments[f"{block}mlp.{n}_proj"] for n in ("gate", "up"))
     assert gate is up is not q
-    assert found.moment("model.embed_tokens") is None
     assert found.moment("nowhere") is None
 
 
@@ -126,6 +157,7 @@ def test_without_curvature_nothing_is_predicted() -> None:
     found = collect(model, modeling.layers(model), some_batches(), pooling=None, curvature=False)
     assert found.curvatures == {}
     assert found.divergence("lm_head", np.ones((80, 16), np.float32)) is None
+    assert found.moment("model.embed_tokens") is None
     assert found.moment("lm_head") is not None
 
 

@@ -20,7 +20,7 @@ from edgec.fit import FactorCache
 from edgec.modeling import Layer
 from edgec.plan.candidates import candidates
 from edgec.pooling import Pooling
-from edgec.profile.activations import Statistics
+from edgec.profile.activations import Statistics, smoothed
 from edgec.profile.profiler import Scorer, build_profile
 from edgec.profile.store import Profile, load_profile, save_profile
 from edgec.quantize.formats import CoreFormat
@@ -78,9 +78,9 @@ def test_table_errors_are_weighed_by_how_often_rows_are_read() -> None:
     scorer = Scorer(Layer("x", "embedding", (100, 32)), table, statistics)
     choice, difference = scorer.choice(Spec("dense"), INT4), table - scorer.fit(Spec("dense"), INT4).dense()
     squares = (difference**2).sum(1)
-    assert choice.loss == pytest.approx(0.5 * (0.75 * squares[3] + 0.25 * squares[4]), rel=1e-4)
+    assert choice.loss == pytest.approx(0.5 * float(smoothed(frequencies) @ squares), rel=1e-4)
     whole = 0.75 * (table[3] ** 2).sum() + 0.25 * (table[4] ** 2).sum()
-    assert choice.error == pytest.approx(np.sqrt(2 * choice.loss / whole), rel=1e-4)
+    assert choice.error == pytest.approx(np.sqrt((0.75 * squares[3] + 0.25 * squares[4]) / whole), rel=1e-4)
 
 
 def test_zero_weights_score_zero() -> None:
