@@ -1,0 +1,107 @@
+"""Exports that heal: what ships is the healed model, within its budget, with the record of what was done."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from edgec import healing, pipeline
+from edgec.errors import UsageError
+from edgec.heal.settings import parse_heal
+from edgec.plan.refine import Search
+from edgec.runtime.ort_encoder import OrtEncoder
+from edgec.workspace import Workspace
+
+
+@pytest.fixture(scope="module")
+def request_(encoder_source: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> pipeline.ExportRequest:
+    folder = tmp_path_factory.mktemp("healed")
+    pipeline.profile(encoder_source, folder / "profile", calibration=text_file)
+    return pipeline.ExportRequest(
+        encoder_source,
+        "onnx-x64",
+        folder / "out",
+        budget="3bpw-linear",
+        calibration=text_file,
+        profile=folder / "profile",
+        heal=parse_heal("16steps"),
+        search=Search(evaluations=4),
+    )
+
+
+@pytest.fixture(scope="module")
+def healed(request_: pipeline.ExportRequest) -> pipeline.Exported:
+    return pipeline.export(request_)
+
+
+def test_the_healed_model_ships_within_its_budget(
+    healed: pipeline.Exported, request_: pipeline.ExportRequest
+) -> None:
+    """Its biases and norms too: the exported graph agrees with torch on the healed ones, which verification measured."""
+    record = healed.manifest["healing"]
+    assert record["kept"] is True
+    assert record["divergence_after"] < record["divergence_before"]
+    assert record["curve"][0][1] == 0 and record["curve"][-1][1] > 0
+    assert healed.plan.linear_bpw() <= 3
+    assert any(note.startswith("healed: ") for note in healed.plan.notes)
+    assert healed.manifest["parity"]["error"] < 1e-4
+    workspace = Workspace(request_.model, request_.calibration)
+    shipped = OrtEncoder(healed.out).embed(["A list of names.", "Objects are compared by their value."])
+    assert shipped.shape == (2, 128)
+    assert healed.manifest["fingerprint"] == workspace.checkpoint.fingerprint
+
+
+def test_finalists_of_another_structure_are_healed_briefly_first(
+    healed: pipeline.Exported, request_: pipeline.ExportRequest
+) -> None:
+    told = [note for note in healed.plan.notes if "finalists, briefly healed" in note]
+    measured = [note for note in healed.plan.notes if note.startswith("measured loss: ")]
+    assert len(measured) == 1
+    assert bool(told) == ("," in measured[0])
+
+
+def test_the_same_steps_give_the_same_bytes(healed: pipeline.Exported, request_: pipeline.ExportRequest) -> None:
+    again = pipeline.export(replace(request_, out=request_.out.with_name("again")))
+    assert again.manifest["files"] == healed.manifest["files"]
+
+
+def test_nothing_is_left_beside_the_output(healed: pipeline.Exported, request_: pipeline.ExportRequest) -> None:
+    assert not [p for p in request_.out.parent.iterdir() if p.name.startswith(".")]
+
+
+def test_healing_that_does_not_help_leaves_the_export_as_it_was(
+    request_: pipeline.ExportRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = pipeline.export(replace(request_, out=request_.out.with_name("plain"), heal=parse_heal("off")))
+    kept = healing._divergence
+    seen: list[float] = []
+
+    def never_better(workspace: Workspace, start: healing.Start) -> float:
+        seen.append(kept(workspace, start))
+        return float(len(seen))  # every later state is worse
+
+    monkeypatch.setattr(healing, "_divergence", never_better)
+    monkeypatch.setattr("edgec.pipeline.exporting._FINALISTS", 1)
+    found = pipeline.export(replace(request_, out=request_.out.with_name("useless"), heal=parse_heal("2steps")))
+    assert found.manifest["healing"]["kept"] is False
+    assert any("discarded" in note for note in found.plan.notes)
+    assert found.manifest["sizes"]["model_bytes"] == plain.manifest["sizes"]["model_bytes"]
+
+
+def test_a_compressed_folder_has_nobody_to_learn_from(request_: pipeline.ExportRequest, tmp_path: Path) -> None:
+    pipeline.compress(request_.model, tmp_path / "compressed", "uniform:0.5", plain=True)
+    request = pipeline.ExportRequest(tmp_path / "compressed", "onnx-x64", tmp_path / "out", heal=parse_heal("2steps"))
+    with pytest.raises(UsageError, match="leave --heal out"):
+        pipeline.export(request)
+
+
+def test_max_loss_in_place_of_a_budget(request_: pipeline.ExportRequest, tmp_path: Path) -> None:
+    found = pipeline.export(
+        replace(request_, out=tmp_path / "line", budget=None, max_loss="5%", heal=parse_heal("off"))
+    )
+    assert found.plan.budget == "max-loss 5%"
+    assert found.manifest["quality"]["cosine"] > 0.9
+    with pytest.raises(UsageError, match="give one of them"):
+        pipeline.export(replace(request_, out=tmp_path / "both", max_loss="5%"))
