@@ -39,7 +39,7 @@ def healed(request_: pipeline.ExportRequest) -> pipeline.Exported:
 def test_the_healed_model_ships_within_its_budget(
     healed: pipeline.Exported, request_: pipeline.ExportRequest
 ) -> None:
-    """Its biases and norms too: the exported graph agrees with torch on the healed ones, which verification measured."""
+    """Its biases and norms too: the exported graph agrees with torch on the healed ones, as verification measured."""
     record = healed.manifest["healing"]
     assert record["kept"] is True
     assert record["divergence_after"] < record["divergence_before"]
