@@ -13,6 +13,7 @@ Layer names are the model's own, complete ("model.layers.3.mlp.up_proj").
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -278,7 +279,13 @@ class BlockWalker:
         prefix = f"{self.name(index)}."
         block.load_state_dict({n: self._tensor(prefix + n) for n in block.state_dict()}, assign=True)
         block.requires_grad_(False)
-        yield block
+        try:
+            yield block
+        finally:
+            # Whoever still refers to the block, a cycle in a traceback for one, must not hold on to its weights.
+            for parameter in block.parameters():
+                parameter.data = parameter.data.new_empty(0)
+            gc.collect()
 
     @torch.no_grad()
     def run(self, index: int, block: nn.Module, batch: int) -> Tensor:

@@ -30,6 +30,16 @@ class Spec:
     ranks: tuple[int, ...] = ()
     modes: tuple[tuple[int, int], ...] = ()
 
+    @property
+    def factored(self) -> bool:
+        """Is the matrix replaced by smaller ones? Not where it stays whole: as it is, rotated, or with a correction."""
+        return self.kind not in ("dense", "residual") and not (self.kind == "disentangled" and not self.ranks)
+
+    @property
+    def quantization_only(self) -> bool:
+        """As it is, or rotated first: as many numbers as before, of fewer bits."""
+        return self.kind == "dense" or (self.kind == "disentangled" and not self.ranks)
+
     def __str__(self) -> str:
         text = self.kind
         if self.modes:
@@ -145,10 +155,12 @@ class Target:
     k_multiple: int = 1
     accuracy_level: int = 4
     residual_formats: tuple[str, ...] = ()
+    rotated_formats: tuple[str, ...] = ()
 
     def formats_of(self, kind: str) -> tuple[str, ...]:
         """Names of the formats that a matrix decomposed in this way may have."""
-        return {"dense": self.dense_formats, "residual": self.residual_formats}.get(kind, self.factored_formats)
+        own = {"dense": self.dense_formats, "residual": self.residual_formats, "disentangled": self.rotated_formats}
+        return own.get(kind, self.factored_formats)
 
 
 @dataclass(frozen=True)

@@ -118,6 +118,8 @@ def test_the_skeleton_holds_no_weights(tmp_path: Path) -> None:
     walker.embed()
     with walker.load(1) as block:
         assert all(p.device.type == "cpu" for p in block.parameters())
+        weights = list(block.parameters())
+    assert not any(p.numel() for p in weights)  # gone with the block, whoever still refers to it
     held = {n for n, p in walker.model.named_parameters() if p.device.type != "meta"}
     assert held == {"model.norm.weight"}
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from pathlib import Path
 
 from edgec import outputs
 from edgec.compress import store
 from edgec.compress.streaming import compress_streamed
+from edgec.errors import UnsupportedModelError
 from edgec.export.onnx import exporter
 from edgec.export.targets import all_targets, get_target
 from edgec.pipeline.stages import (
@@ -21,11 +23,14 @@ from edgec.pipeline.stages import (
     profile_of,
     search_plan,
     silent,
+    statistics_for,
 )
 from edgec.plan import files as plan_files
 from edgec.profile.store import Profile, load_profile, save_profile
 from edgec.records import Plan
 from edgec.workspace import CALIBRATION_TOKENS, Workspace, require_text
+
+logger = logging.getLogger(__name__)
 
 
 def profile(
@@ -87,24 +92,37 @@ def compress(
     workspace = Workspace(model, calibration)
     workspace.require_finite()
     made = explicit_plan(workspace, plan_text, target)
-    text = plan_files.write_plan(made)
     if profile_folder is not None:
-        factors = fit(workspace, made.choices, load_profile(profile_folder, workspace.checkpoint), progress)
-        store.save_compressed(workspace.checkpoint, made, factors, text, out, force=force)
-        return made
+        return _compressed_whole(
+            workspace, made, load_profile(profile_folder, workspace.checkpoint), out, force, progress
+        )
     batches = None
     if not (plain or lossless(made)):
         require_text(workspace)
         batches = workspace.batches("calibrate", CALIBRATION_TOKENS)
         workspace.forget_model()
-    compress_streamed(
-        workspace.checkpoint,
-        workspace.layers,
-        made,
-        batches,
-        out,
-        plan_text=text,
-        force=force,
-        progress=lambda done, total: progress("fitting", done, total),
-    )
+    try:
+        compress_streamed(
+            workspace.checkpoint,
+            workspace.layers,
+            made,
+            batches,
+            out,
+            plan_text=plan_files.write_plan(made),
+            force=force,
+            progress=lambda done, total: progress("fitting", done, total),
+        )
+    except UnsupportedModelError as error:  # blocks that share their weights, for one
+        logger.info("%s: compressed as a whole (%s)", workspace.folder, error)
+        return _compressed_whole(
+            workspace, made, statistics_for(workspace, made, None, plain, progress), out, force, progress
+        )
+    return made
+
+
+def _compressed_whole(
+    workspace: Workspace, made: Plan, found: Profile | None, out: Path, force: bool, progress: Progress
+) -> Plan:
+    factors = fit(workspace, made.choices, found, progress)
+    store.save_compressed(workspace.checkpoint, made, factors, plan_files.write_plan(made), out, force=force)
     return made

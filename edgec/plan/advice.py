@@ -308,7 +308,7 @@ class Desk:
         if measure and not exact and self.evaluate is not None:
             loss, source = self.evaluate(list(plan.choices)), "measured"
         ms = milliseconds_of(plan.choices, self.costs) if self.costs.native else None
-        factored = sum(c.spec.kind != "dense" for c in plan.choices)
+        factored = sum(not c.spec.quantization_only for c in plan.choices)
         ram = ram_of(plan, self.costs, self.facts, self.kv)
         return self.held(
             Alternative(
@@ -330,7 +330,7 @@ def dense_only(profile: Profiled) -> Trimmed:
     """The profile as quantization alone sees it."""
     return Trimmed(
         profile.fingerprint,
-        [replace(p, candidates=tuple(c for c in p.candidates if c.spec.kind == "dense")) for p in profile.layers],
+        [replace(p, candidates=tuple(c for c in p.candidates if c.spec.quantization_only)) for p in profile.layers],
     )
 
 

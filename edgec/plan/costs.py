@@ -74,7 +74,7 @@ class Costs:
         """Bytes in memory that a layer's stored bytes become. Tables are mapped and read in place."""
         if choice.role == "embedding" or not choice.bytes:
             return float(choice.bytes)
-        return choice.bytes * self.rate(LayerFormat.parse(choice.format).of("weight").bits).overhead
+        return choice.bytes * self.rate(LayerFormat.parse(choice.format).of("backbone").bits).overhead
 
 
 @dataclass(frozen=True)

@@ -152,8 +152,8 @@ def finalists(
 
 
 _STRUCTURES: dict[str, Callable[[Choice], bool]] = {
-    "factored": lambda c: c.spec.kind not in ("dense", "residual"),
-    "dense": lambda c: c.spec.kind == "dense",
+    "factored": lambda c: c.spec.factored,
+    "dense": lambda c: c.spec.quantization_only,
     "residual": lambda c: c.spec.kind == "residual",
 }
 

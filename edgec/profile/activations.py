@@ -180,7 +180,11 @@ class _Collector:
             energy = torch.bincount(self._ids[layer.name], weights=squares, minlength=layer.shape[0])
             self.energies[layer.name] = self.energies.get(layer.name, 0) + energy
         full = layer.shape[1] if layer.role == "embedding" else layer.shape[0]
-        add = (rows.T @ rows).double() if full <= MAX_CURVATURE else (rows**2).sum(0).double()
+        # A table that one row of positions reads for the whole batch gives a gradient per batch, not per sentence: too
+        # few to tell directions apart, and rounding along what is left of them would be fitted to noise.
+        scarce = layer.role == "embedding" and self.mask is not None and len(gradient) < len(self.mask)
+        whole = full <= MAX_CURVATURE and not scarce
+        add = (rows.T @ rows).double() if whole else (rows**2).sum(0).double()
         self.curvatures[layer.name] = self.curvatures.get(layer.name, 0) + add
         if layer.role != "embedding" and full <= MAX_CURVATURE and (sums := self._sums(gradient)) is not None:
             self.mean_curvatures[layer.name] = self.mean_curvatures.get(layer.name, 0) + (sums.T @ sums).double()

@@ -52,7 +52,7 @@ class Made:
 
 
 def _loss(choice: Choice, *, factoring: float) -> float:
-    bits = LayerFormat.parse(choice.format).of("weight").bits
+    bits = LayerFormat.parse(choice.format).of("backbone").bits
     whole = 2 * choice.shape[0] * choice.shape[1]
     kept = stored_bytes(choice.spec, choice.shape, choice.role, CoreFormat(16)) / whole
     return 4.0**-bits + factoring * max(0.0, 1 - kept) ** 2

@@ -62,7 +62,7 @@ def test_factors_are_recovered_from_whole_plans(svd: float, first: float) -> Non
 def test_overlap_is_not_taken_for_a_form() -> None:
     """Losses that grow slower than their sum, everywhere alike, leave the ranking of forms nearly alone."""
     measure = truth(overlap=-0.15)
-    learned = learn(GROUPS, [(p, measure(p)) for p in plans(40)])
+    learned = learn(GROUPS, [(p, measure(p)) for p in plans(60)])
     forms = [v for k, v in learned.logs.items() if k.startswith("form: ") and "int" in k and "linear" not in k]
     assert max(forms) - min(forms) < 0.6
 
