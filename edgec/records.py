@@ -138,10 +138,10 @@ class Plan:
 class Target:
     """What one runtime on one kind of hardware executes fast; a plan offers nothing else.
 
-    dense_formats, factored_formats, embedding_formats: core formats by role, best quality first; default_format
-    what a uniform plan uses when it names none. residual_formats: pairs "backbone+correction". rank_multiple: bond dimensions are multiples of it. k_multiple: a
-    quantised matmul's inner dimension must be a multiple of it (1: any). accuracy_level: MatMulNBits attribute; 4
-    computes in int8.
+    dense_formats, factored_formats, embedding_formats: core formats by role, best quality first; default_format what
+    a uniform plan uses when it names none. residual_formats: pairs "backbone+correction". rank_multiple: bond
+    dimensions are multiples of it. k_multiple: a quantised matmul's inner dimension must be a multiple of it (1:
+    any). accuracy_level: MatMulNBits attribute; 4 computes in int8.
     """
 
     name: str

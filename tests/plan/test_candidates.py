@@ -93,7 +93,7 @@ def test_backbones_come_with_small_corrections() -> None:
     for shape in [(384, 384), (384, 1536), (1536, 384)]:
         offered = [(spec, fmt) for spec, fmt in candidates([X64], "linear", shape) if spec.kind == "residual"]
         assert offered == [(Spec("residual", (32,)), pair), (Spec("residual", (64,)), pair)]
-    assert not any(spec.kind == "residual" for spec, _ in candidates([X64], "linear", (64, 64)))  # narrower than a block
+    assert not any(s.kind == "residual" for s, _ in candidates([X64], "linear", (64, 64)))  # narrower than a block
 
 
 def test_each_core_is_checked_against_its_own_format() -> None:
