@@ -1,7 +1,7 @@
 """The frontier's figures, one run each: `python -m runtime_tests.frontier [minilm] [pycode-lm] [stories] [headlines]`.
 
 minilm: all-MiniLM-L6-v2, calibrated on STS-Benchmark train sentences, Spearman on its dev split. pycode-lm: calibrated
-on calib.txt, KL and perplexity on valid.txt. stories: stories260K, calibrated on four fifths of the stories of
+(and healed) on calib.txt and heal.txt, KL and perplexity on valid.txt. stories: stories260K, calibrated on four fifths of the stories of
 the TinyStories sample and measured on the others. headlines: what the sources claim (`runtime_tests/headlines.py`).
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -18,7 +19,9 @@ from edgec import frontier
 from edgec.console import progress
 from edgec.evaluate.embeddings import read_sts
 from edgec.frontier import FrontierRequest
+from edgec.heal.settings import parse_heal
 from edgec.peers import chosen
+from edgec.plan.refine import parse_search
 from edgec.report.frontier_tables import terminal_tables
 from runtime_tests import headlines
 from runtime_tests.models import ASSETS, minilm_folder, stories_folder
@@ -35,7 +38,10 @@ def minilm(work: Path) -> FrontierRequest:
 
 def pycode_lm(work: Path) -> FrontierRequest:
     model = ASSETS / "pycode-lm"
-    return FrontierRequest(model, calibration=model / "calib.txt", eval_text=model / "valid.txt")
+    text = work / "pycode.txt"
+    parts = [(model / name).read_text(encoding="utf-8") for name in ("calib.txt", "heal.txt")]
+    text.write_text("\n\n".join(parts), encoding="utf-8")
+    return FrontierRequest(model, calibration=text, eval_text=model / "valid.txt")
 
 
 def stories(work: Path) -> FrontierRequest:
@@ -58,6 +64,8 @@ def main() -> None:
     parser.add_argument("names", nargs="*", choices=[[], *figures, "headlines"], help="default: all")
     parser.add_argument("--bits", default="5,4,3,2.5,2")
     parser.add_argument("--peers", default="all")
+    parser.add_argument("--heal", default="off", help="plans and the best rivals alike, for this long each: 2min")
+    parser.add_argument("--search", default="greedy")
     parser.add_argument("-o", "--out", type=Path, help="keep frontier folders here")
     given = parser.parse_args()
     console = Console(width=150)
@@ -67,9 +75,12 @@ def main() -> None:
                 console.print(headlines.table())
                 continue
             work = Path(temporary)
-            request = figures[name](work)
-            request = FrontierRequest(
-                **{**vars(request), "bits": frontier.parse_bits(given.bits), "peers": chosen(given.peers)}
+            request = replace(
+                figures[name](work),
+                bits=frontier.parse_bits(given.bits),
+                peers=chosen(given.peers),
+                heal=parse_heal(given.heal),
+                search=parse_search(given.search),
             )
             with progress() as bars:
                 found = frontier.run_and_write(request, (given.out or work) / f"frontier-{name}", bars, force=True)
