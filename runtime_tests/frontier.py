@@ -1,8 +1,10 @@
-"""The frontier's figures, one run each: `python -m runtime_tests.frontier [minilm] [pycode-lm] [stories] [headlines]`.
+"""The frontier's figures, one run each: `python -m runtime_tests.frontier [minilm] [pycode-lm] [stories]
+[headlines]`.
 
-minilm: all-MiniLM-L6-v2, calibrated on STS-Benchmark train sentences, Spearman on its dev split. pycode-lm: calibrated
-(and healed) on calib.txt and heal.txt, KL and perplexity on valid.txt. stories: stories260K, calibrated on four fifths of the stories of
-the TinyStories sample and measured on the others. headlines: what the sources claim (`runtime_tests/headlines.py`).
+minilm: all-MiniLM-L6-v2, calibrated on STS-Benchmark train sentences, Spearman on its dev split. pycode-lm:
+calibrated (and healed) on calib.txt and heal.txt, KL and perplexity on valid.txt. stories: stories260K, calibrated on
+four fifths of the stories of the TinyStories sample and measured on the others. headlines: what the sources claim
+(`runtime_tests/headlines.py`).
 """
 
 from __future__ import annotations

@@ -64,8 +64,8 @@ def executable(
     if role == "embedding" and spec.kind != "dense":
         return _factored_table_executable(target, shape, spec, fmt)
     if role == "embedding" or (tied and spec.kind == "dense"):
-        kernels = (target.embedding_formats,) if role == "embedding" else (target.embedding_formats, target.dense_formats)
-        return all(str(fmt) in known for known in kernels) and shape[1] % fmt.of("weight").block == 0
+        multiplied = role == "embedding" or str(fmt) in target.dense_formats
+        return str(fmt) in target.embedding_formats and multiplied and shape[1] % fmt.of("weight").block == 0
     if str(fmt) not in target.formats_of(spec.kind):
         return False
     contraction = contraction_of(spec, shape, role)
