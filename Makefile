@@ -47,7 +47,7 @@ demo: setup
 	mkdir -p demo-out; \
 	step profile "$$model" -o demo-out/profile --force; \
 	for target in onnx-x64 onnx-arm64; do \
-		step export "$$model" --target $$target --profile demo-out/profile -o demo-out/minilm-$$target --force; \
+		step export "$$model" --target $$target --profile demo-out/profile --search greedy:20s -o demo-out/minilm-$$target --force; \
 	done; \
 	step run demo-out/minilm-onnx-x64 'The cat sat on the mat.' 'A kitten rests on a rug.' 'Stocks fell sharply today.'; \
 	step bench demo-out/minilm-onnx-x64 --model "$$model" \

@@ -32,7 +32,7 @@ from edgec.workspace import Workspace
 logger = logging.getLogger(__name__)
 
 LORA_RANK = 16
-_NOTHING_TO_HEAL = 0.01
+NOTHING_TO_HEAL = 0.01
 """`auto` leaves a model alone that diverges by less: 1 − cosine, or nats per token."""
 _TOO_SLOW = 60
 """`auto` does not begin a run that would have fewer steps than this."""
@@ -156,7 +156,7 @@ def _divergence(workspace: Workspace, start: Start) -> float:
 def _reason_to_skip(workspace: Workspace, settings: HealSettings, before: float) -> str:
     if settings.mode != "auto":
         return ""
-    if before < _NOTHING_TO_HEAL:
+    if before < NOTHING_TO_HEAL:
         return f"auto leaves it out: the plan diverges by {before:.2g} only"
     need, have = _memory(workspace)
     if need > 0.8 * have:

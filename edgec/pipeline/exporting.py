@@ -40,7 +40,7 @@ from edgec.pipeline.stages import (
 from edgec.plan.acceptance import parse_max_loss
 from edgec.plan.budget import Budget, parse_budget
 from edgec.plan.planner import Sizes, check_plan, finalists, plan_of
-from edgec.plan.refine import Evaluate, Search
+from edgec.plan.refine import Evaluate, Search, key_of
 from edgec.profile.store import Profile
 from edgec.records import MANIFEST_NAME, MANIFEST_VERSION, Plan, Target, as_dict
 from edgec.runtime.ort_decoder import OrtDecoder
@@ -143,19 +143,20 @@ class _Export:
 
     def _plans(self, found: Profile, goal: Goal, sizes: Sizes, evaluate: Evaluate) -> list[Plan]:
         """The best plan, and where healing follows, others of another structure: healing may reverse their order."""
-        if self.request.heal.mode == "off" or goal.budget is None or goal.search.method == "anneal":
-            return [search_plan(self.workspace, found, self.target, goal, sizes, self.progress, evaluate)]
-        entries = finalists(
-            found,
-            self.target,
-            goal.budget,
-            sizes,
-            evaluate,
-            goal.search,
-            progress=lambda done, total, loss: self.progress("trying plans", done, total),
-        )[:_FINALISTS]
-        told = "measured loss: " + ", ".join(f"{name} {loss:.3g}" for name, _, loss in entries)
-        return [plan_of(found, self.target, str(goal), sizes, choices, [told]) for _, choices, _ in entries]
+        made = search_plan(self.workspace, found, self.target, goal, sizes, self.progress, evaluate)
+        settings = self.request.heal
+        if settings.mode == "off" or goal.budget is None:
+            return [made]
+        if settings.mode == "auto" and evaluate(list(made.choices)) < healing.NOTHING_TO_HEAL:
+            return [made]
+        entries = finalists(found, self.target, goal.budget, sizes, evaluate, goal.search)
+        known = key_of(made.choices)
+        others = [(name, choices, loss) for name, choices, loss in entries if key_of(choices) != known]
+        told = [f"measured loss of the {name} finalist: {loss:.3g}" for name, _, loss in others]
+        return [made] + [
+            plan_of(found, self.target, str(goal), sizes, choices, [note])
+            for note, (_, choices, _) in zip(told, others[: _FINALISTS - 1], strict=False)
+        ]
 
     def _written(self, plan: Plan, factors: Mapping[str, Factors], source: Checkpoint) -> _Product:
         graph = exporter.dense_graph(source, self.workspace.task, self.work)
