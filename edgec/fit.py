@@ -26,8 +26,8 @@ from edgec.records import Spec
 Core = NDArray[Any] | QuantizedTensor
 
 _GPTQ_TABLE = 1 << 26
-"""Largest dense table that is quantised by GPTQ [values]: the gain is a quarter of a loss that large tables, which
-models of many parameters have, hardly feel, and takes a minute there."""
+"""Largest dense table that is quantised by GPTQ [values]; the time grows with values × width. On MiniLM's (12 million
+values) it takes a third off the predicted loss of rounding to nearest, at 4 bits and at 2."""
 
 _MIXER = CoreFormat(8, 32)
 """Format of the small matrices of a quantised factored table: every row passes through them, and they weigh nothing."""
