@@ -1,8 +1,8 @@
 """onnxruntime on x86-64. 2-bit kernels are fast at blocks of 64 and 128 (AVX-512, AVX2); at 32, slower than 4-bit.
 
 Two bits are for whole matrices and backbones only: on MiniLM, two-bit factors at the bytes of four-bit ones of half
-their rank had 1.4 to 1.6 times their functional error. Of the backbones, blocks of 128 with a four-bit correction
-give the least error per byte: a correction at eight bits takes 1 to 2 % off the error for 0.4 bits and more,
+their rank had 1.1 to 1.6 times their functional error. Of the backbones, blocks of 128 with a four-bit correction
+give the least error per byte: a correction at eight bits takes 1 to 3 % off the error for 0.4 bits and more,
 and blocks of 64, or four-bit backbones with a correction, lie above the hull of what else there is.
 
 A rotation in front takes 4 to 8 % off the error of a matrix at its own bytes, and adds 2 to 8 % to the time of its
