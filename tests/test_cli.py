@@ -18,7 +18,20 @@ from edgec import __version__, console, pipeline
 from edgec.inspection import Finding
 from edgec.records import Plan
 
-VERBS = ("export", "profile", "plan", "compress", "eval", "run", "bench", "inspect", "targets", "doctor")
+VERBS = (
+    "export",
+    "profile",
+    "plan",
+    "compress",
+    "eval",
+    "run",
+    "bench",
+    "frontier",
+    "advise",
+    "inspect",
+    "targets",
+    "doctor",
+)
 
 
 def _json(said: Said) -> Any:

@@ -55,6 +55,12 @@ def main(argv: list[str] | None = None) -> NoReturn:
             code = _fail(_OUT_OF_MEMORY, 1)
         else:
             code = _fail(f"internal error: {type(error).__name__}: {error} (run again with --debug, and report it)", 70)
+    if code == 130 and argv is None:
+        # An interrupt that met an exec() (imports are full of them) marks the interpreter, which then ends by the signal
+        # whatever exit code it is given. Everything of ours is put away by now.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
     sys.exit(code)
 
 

@@ -30,12 +30,12 @@ from edgec.pipeline.stages import (
     evaluator,
     explicit_plan,
     fit,
+    fit_plan,
     manifest_bytes,
     planning_sizes,
     profile_of,
     search_plan,
     silent,
-    statistics_for,
 )
 from edgec.plan.acceptance import parse_max_loss
 from edgec.plan.budget import Budget, parse_budget
@@ -112,8 +112,7 @@ class _Export:
         workspace.require_finite()
         if request.plan is not None:
             made = explicit_plan(workspace, request.plan, request.target)
-            found = statistics_for(workspace, made, request.profile, request.plain, self.progress)
-            factors = fit(workspace, made.choices, found, self.progress)
+            factors = fit_plan(workspace, made, request.profile, request.plain, self.progress)
             product = self._written(made, factors, workspace.checkpoint)
             return self._healed(product, None, [])
         return self._planned(goal)

@@ -5,13 +5,16 @@ Where a stage needs a judgement from further on (a plan wants its end-to-end los
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from edgec.calibration import Batches
 from edgec.compress.apply import fit_choices
-from edgec.errors import UsageError
+from edgec.compress.streaming import stream_fit
+from edgec.errors import UnsupportedModelError, UsageError
 from edgec.export.onnx import exporter
 from edgec.export.targets import get_target
 from edgec.fit import Factors
@@ -28,6 +31,8 @@ from edgec.profile.store import Profile, load_profile
 from edgec.quantize.formats import LayerFormat
 from edgec.records import Choice, Plan, Target
 from edgec.workspace import CALIBRATION_TOKENS, Workspace, require_text
+
+logger = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int], None]
 """(stage, done, total): the command line draws bars from it."""
@@ -117,24 +122,54 @@ def evaluator(workspace: Workspace, found: Profile, loss: Callable[[Any], float]
     return evaluate
 
 
-def statistics_for(
-    workspace: Workspace, made: Plan, folder: Path | None, plain: bool, progress: Progress
-) -> Profile | None:
-    """What fitting a given plan needs of the activations: from a profile folder, measured now, or nothing at all."""
-    if folder is not None:
-        return load_profile(folder, workspace.checkpoint)
-    if plain or lossless(made):
+def statistics_for(workspace: Workspace, made: Plan, plain: bool, progress: Progress) -> Profile | None:
+    """What fitting a given plan needs of the activations of the whole dense model, or nothing at all."""
+    if (batches := calibration_batches(workspace, made, plain)) is None:
         return None
-    require_text(workspace)
     statistics = collect(
         workspace.model,
         workspace.layers,
-        workspace.batches("calibrate", CALIBRATION_TOKENS),
+        batches,
         pooling=workspace.pooling,
         curvature=False,
         progress=lambda done, total: progress("calibrating", done, total),
     )
     return Profile(workspace.checkpoint.fingerprint, workspace.text.origin, statistics.tokens, (), statistics)
+
+
+def fit_plan(
+    workspace: Workspace, made: Plan, folder: Path | None, plain: bool, progress: Progress
+) -> dict[str, Factors]:
+    """Factors of a given plan: with a profile folder's statistics, plainly, or as `compress` fits it, every block on
+    what the compressed blocks before it produce.
+    """
+    if folder is not None:
+        return fit(workspace, made.choices, load_profile(folder, workspace.checkpoint), progress)
+    batches = calibration_batches(workspace, made, plain)
+    factors: dict[str, Factors] = {}
+    try:
+        for group in stream_fit(
+            workspace.checkpoint,
+            workspace.layers,
+            made.choices,
+            batches,
+            progress=lambda done, total: progress("fitting", done, total),
+        ):
+            factors.update(group)
+    except UnsupportedModelError as error:  # blocks that share their weights, for one
+        logger.info("%s: fitted as a whole (%s)", workspace.folder, error)
+        return fit(workspace, made.choices, statistics_for(workspace, made, plain, progress), progress)
+    return {choice.layer: factors[choice.layer] for choice in made.choices}
+
+
+def calibration_batches(workspace: Workspace, made: Plan, plain: bool) -> Batches | None:
+    """What a given plan is fitted on; None where nothing is to be measured."""
+    if plain or lossless(made):
+        return None
+    require_text(workspace)
+    batches = workspace.batches("calibrate", CALIBRATION_TOKENS)
+    workspace.forget_model()
+    return batches
 
 
 def lossless(made: Plan) -> bool:

@@ -15,20 +15,19 @@ from edgec.export.targets import all_targets, get_target
 from edgec.pipeline.stages import (
     Goal,
     Progress,
+    calibration_batches,
     explicit_plan,
-    fit,
-    lossless,
+    fit_plan,
     make_profile,
     planning_sizes,
     profile_of,
     search_plan,
     silent,
-    statistics_for,
 )
 from edgec.plan import files as plan_files
-from edgec.profile.store import Profile, load_profile, save_profile
+from edgec.profile.store import Profile, save_profile
 from edgec.records import Plan
-from edgec.workspace import CALIBRATION_TOKENS, Workspace, require_text
+from edgec.workspace import Workspace
 
 logger = logging.getLogger(__name__)
 
@@ -92,37 +91,22 @@ def compress(
     workspace = Workspace(model, calibration)
     workspace.require_finite()
     made = explicit_plan(workspace, plan_text, target)
-    if profile_folder is not None:
-        return _compressed_whole(
-            workspace, made, load_profile(profile_folder, workspace.checkpoint), out, force, progress
-        )
-    batches = None
-    if not (plain or lossless(made)):
-        require_text(workspace)
-        batches = workspace.batches("calibrate", CALIBRATION_TOKENS)
-        workspace.forget_model()
-    try:
-        compress_streamed(
-            workspace.checkpoint,
-            workspace.layers,
-            made,
-            batches,
-            out,
-            plan_text=plan_files.write_plan(made),
-            force=force,
-            progress=lambda done, total: progress("fitting", done, total),
-        )
-    except UnsupportedModelError as error:  # blocks that share their weights, for one
-        logger.info("%s: compressed as a whole (%s)", workspace.folder, error)
-        return _compressed_whole(
-            workspace, made, statistics_for(workspace, made, None, plain, progress), out, force, progress
-        )
-    return made
-
-
-def _compressed_whole(
-    workspace: Workspace, made: Plan, found: Profile | None, out: Path, force: bool, progress: Progress
-) -> Plan:
-    factors = fit(workspace, made.choices, found, progress)
-    store.save_compressed(workspace.checkpoint, made, factors, plan_files.write_plan(made), out, force=force)
+    text = plan_files.write_plan(made)
+    if profile_folder is None:
+        try:
+            compress_streamed(
+                workspace.checkpoint,
+                workspace.layers,
+                made,
+                calibration_batches(workspace, made, plain),
+                out,
+                plan_text=text,
+                force=force,
+                progress=lambda done, total: progress("fitting", done, total),
+            )
+            return made
+        except UnsupportedModelError as error:  # nothing is written yet
+            logger.info("%s: not block by block (%s)", workspace.folder, error)
+    factors = fit_plan(workspace, made, profile_folder, plain, progress)
+    store.save_compressed(workspace.checkpoint, made, factors, text, out, force=force)
     return made

@@ -18,6 +18,7 @@ from models_for_tests import tree
 from edgec import pipeline
 from edgec.export.onnx import exporter
 from edgec.outputs import written_file
+from edgec.pipeline import exporting
 
 PLAN = ("--plan", "uniform:0.5", "--plain", "--no-quality")
 
@@ -192,7 +193,7 @@ def test_out_of_memory_and_bugs_are_one_line_too(
             r"out of memory",
         ),
     ):
-        monkeypatch.setattr(pipeline, "_verified_manifest", raising(error))
+        monkeypatch.setattr(exporting, "_verified_manifest", raising(error))
         check_failure(invoke(capsys, *_words(lm_source, room / "out")), code, message)
         assert tree(room) == before
 
