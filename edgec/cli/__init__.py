@@ -56,8 +56,8 @@ def main(argv: list[str] | None = None) -> NoReturn:
         else:
             code = _fail(f"internal error: {type(error).__name__}: {error} (run again with --debug, and report it)", 70)
     if code == 130 and argv is None:
-        # An interrupt that met an exec() (imports are full of them) marks the interpreter, which then ends by the signal
-        # whatever exit code it is given. Everything of ours is put away by now.
+        # An interrupt that met an exec() (imports are full of them) marks the interpreter, which then ends by the
+        # signal, whatever exit code it is given. Everything of ours is put away by now.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
