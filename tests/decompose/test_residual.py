@@ -140,3 +140,21 @@ def test_what_does_not_fit_is_refused() -> None:
     weight[0, 0] = np.nan
     with pytest.raises(NumericsError, match="NaN or Inf"):
         residual.factorize(weight, Spec("residual", (2,)), None, lambda name, core, moment: core)
+
+
+@pytest.mark.parametrize("whitened", [True, False])
+def test_large_weights_take_two_turns_in_single_precision(whitened: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, moment = weight_of(96, 128, 0), moment_of(128, 1) if whitened else None
+    spec, turns = Spec("residual", (4,)), []
+    monkeypatch.setattr(residual, "TURNS", 2)
+    expected = error_of(weight, spec, PAIR, moment)
+    monkeypatch.undo()
+    monkeypatch.setattr(residual, "_LARGE", weight.size - 1)
+    assert error_of(weight, spec, PAIR, moment) == pytest.approx(expected, rel=0.02)
+
+    def finish(name: str, core: Array, core_moment: SecondMoment | None) -> Array:
+        turns.append(name)
+        return np.round(core)
+
+    residual.factorize(weight, spec, moment, finish)
+    assert turns.count("backbone") <= 3  # the best one again, where the second is worse
