@@ -121,7 +121,7 @@ class _Export:
         """Plan, fit and write until the files that were really written are within the budget; then heal."""
         workspace = self.workspace
         self.progress("building the graph", 0, 1)
-        graph = exporter.dense_graph(workspace.checkpoint, workspace.task, self.work)
+        graph: Any = exporter.dense_graph(workspace.checkpoint, workspace.task, self.work)
         self.progress("building the graph", 1, 1)
         sizes = planning_sizes(workspace, graph, self.work)
         found = profile_of(workspace, self.target, self.request.profile, self.progress)
@@ -130,7 +130,8 @@ class _Export:
         for _ in range(_REPLANS):
             plans = self._plans(found, goal, sizes, evaluate)
             factors = fit(workspace, plans[0].choices, found, self.progress)
-            product = self._written(plans[0], factors, workspace.checkpoint)
+            product = self._written(plans[0], factors, workspace.checkpoint, graph)
+            graph = None  # writing consumes it
             over = self._overrun(goal.budget, product.written)
             if over <= 0:
                 return self._healed(product, found, plans[1:], goal.budget)
@@ -157,8 +158,9 @@ class _Export:
             for note, (_, choices, _) in zip(told, others[: _FINALISTS - 1], strict=False)
         ]
 
-    def _written(self, plan: Plan, factors: Mapping[str, Factors], source: Checkpoint) -> _Product:
-        graph = exporter.dense_graph(source, self.workspace.task, self.work)
+    def _written(self, plan: Plan, factors: Mapping[str, Factors], source: Checkpoint, graph: Any = None) -> _Product:
+        """graph: the source's dense graph where it is at hand; it is consumed."""
+        graph = graph or exporter.dense_graph(source, self.workspace.task, self.work)
         return _Product(plan, factors, _write(source, graph, factors, self.target, self.stage, self.progress), source)
 
     def _healed(
