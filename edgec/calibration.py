@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,9 @@ ENCODER_LENGTH = 128
 """Longest sentence an encoder is calibrated on [tokens]."""
 DECODER_LENGTH = 256
 """Window a causal LM is calibrated on [tokens]."""
+_PASSAGE = 16
+"""Length of a passage, per token of a window [characters]: about four windows."""
+_GOLDEN = (5**0.5 - 1) / 2
 BATCH_TOKENS = 4096
 """Tokens per forward pass: bounds the memory of activations [tokens]."""
 
@@ -139,8 +142,8 @@ def tokenize(
 ) -> Batches:
     """Encoders: items padded into batches of similar length. Causal LMs: items joined and cut into windows.
 
-    At most about max_tokens tokens, in rows of at most `context`, the longest that the model takes. Raises
-    CalibrationError when fewer than `minimum` come out.
+    At most about max_tokens tokens from all over the text, in rows of at most `context`, the longest that the model
+    takes. Raises CalibrationError when fewer than `minimum` come out.
     """
     if task == ENCODER_TASK:
         ids = _encoder_ids(text, tokenizer, max_tokens, min(ENCODER_LENGTH, context))
@@ -156,27 +159,50 @@ def tokenize(
 
 
 def _encoder_ids(text: Text, tokenizer: Any, max_tokens: int, length: int) -> list[list[int]]:
-    chosen, total = [], 0
-    for item in text.items:
-        ids = tokenizer(item, truncation=True, max_length=length)["input_ids"]
-        if not ids:
-            continue
-        chosen.append(ids)
-        total += len(ids)
-        if total >= max_tokens:
-            break
-    return sorted(chosen, key=len)
+    def ids_of(item: str) -> list[int]:
+        ids: list[int] = tokenizer(item, truncation=True, max_length=length)["input_ids"]
+        return ids
+
+    return sorted((ids for ids in _taken(text.items, ids_of, max_tokens) if ids), key=len)
 
 
 def _windows(text: Text, tokenizer: Any, max_tokens: int, length: int) -> list[list[int]]:
-    stream: list[int] = []
-    for item in text.items:
-        stream += tokenizer(item + "\n\n")["input_ids"]
-        if len(stream) >= max_tokens:
-            break
-    full = len(stream) // length
+    def ids_of(passage: str) -> list[int]:
+        ids: list[int] = tokenizer(passage)["input_ids"]
+        return ids
+
+    stream = [token for ids in _taken(_passages(text.items, _PASSAGE * length), ids_of, max_tokens) for token in ids]
+    full = min(len(stream), max(max_tokens, length)) // length
     windows = [stream[i * length : (i + 1) * length] for i in range(full)]
     return windows or ([stream] if stream else [])
+
+
+def _passages(items: Sequence[str], characters: int) -> list[str]:
+    """Neighbouring items joined: a window should read as the text was written, not as scraps from all over it."""
+    passages: list[str] = []
+    open_length = characters
+    for item in items:
+        if open_length >= characters:
+            passages.append("")
+            open_length = 0
+        passages[-1] += item + "\n\n"
+        open_length += len(item)
+    return passages
+
+
+def _taken(items: Sequence[str], ids_of: Callable[[str], list[int]], max_tokens: int) -> list[list[int]]:
+    """Token ids of as many items as give max_tokens, evenly from all over the text, in its order: the first pages of a
+    file, or its first genre, say little about the rest.
+    """
+    taken: dict[int, list[int]] = {}
+    total = 0
+    # Multiples of the golden ratio, modulo 1, below any bound lie at nearly even distances (the three-gap theorem).
+    for place in sorted(range(len(items)), key=lambda i: i * _GOLDEN % 1):
+        taken[place] = ids_of(items[place])
+        total += len(taken[place])
+        if total >= max_tokens:
+            break
+    return [taken[place] for place in sorted(taken)]
 
 
 def _grouped(ids: list[list[int]], batch_tokens: int) -> list[list[list[int]]]:

@@ -191,3 +191,15 @@ def test_a_causal_lm_samples_its_own_text() -> None:
         logits = model(input_ids=ids).logits[:, :-1].log_softmax(-1)
     own = logits.gather(-1, ids[:, 1:, None]).mean()
     assert own > logits.mean()
+
+
+@pytest.mark.parametrize("task", [ENCODER_TASK, DECODER_TASK])
+def test_a_few_tokens_come_from_all_over_the_text(task: str) -> None:
+    """Word lengths grow through the text: one tenth of it must show them all."""
+    items = tuple(" ".join(["w" * (1 + i // 1000)] * 24) + f" {i}" for i in range(20_000))
+    whole = sum(len(Words()(item)["input_ids"]) for item in items)
+    found = tokenize(Text("x", items), Words(), task, whole // 10)
+    ids = torch.cat([batch["input_ids"][batch["attention_mask"].bool()] for batch in found.items])
+    assert found.tokens == pytest.approx(whole // 10, rel=0.1)
+    seen = [int((ids == 3 + length).sum()) for length in range(5, 21)]
+    assert min(seen) > 0.3 * max(seen)
