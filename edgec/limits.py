@@ -11,6 +11,15 @@ MAX_JSON_DEPTH = 64
 MAX_SAFETENSORS_HEADER_BYTES = 100_000_000
 """Largest safetensors header [bytes]; the format's own limit."""
 
+MAX_GGUF_HEADER_BYTES = 128 * 1024 * 1024
+"""Most metadata and tensor infos of one GGUF file [bytes]; 262,000 tokens with merges take about 15 MB."""
+
+MAX_GGUF_KEY_BYTES = 65_535
+"""Longest metadata key of a GGUF file [bytes]; the format's own limit."""
+
+MAX_GGUF_STRINGS = 1 << 21
+"""Most strings in the metadata arrays of one GGUF file [count]; the largest vocabularies have 0.8 million."""
+
 MAX_TENSORS = 1_000_000
 """Most tensors in one checkpoint [count]."""
 
