@@ -1,0 +1,171 @@
+"""Contexts, devices and buffers: who owns which memory.
+
+A tensor is the address of its struct, an int; its sizes `ne` are innermost first, as ggml has them (numpy's reversed).
+Contexts hold structs and never data (`no_alloc`): data lies in buffers, which live as long as what made them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from collections.abc import Callable
+from ctypes import c_int, c_int64, c_void_p
+from typing import Any
+
+from numpy.typing import NDArray
+
+from edgec.errors import CheckpointError, RuntimeUnavailableError
+from edgec.runtime.ggml.library import CPU, GPU, MAX_DIMS, InitParams, Library, TensorHead, library
+
+Tensor = int
+
+
+def sizes(tensor: Tensor) -> tuple[int, ...]:
+    """ne [4], innermost first; axes that are not there have size 1."""
+    return tuple(TensorHead.from_address(tensor).ne)
+
+
+def strides(tensor: Tensor) -> tuple[int, ...]:
+    """nb [4] in bytes."""
+    return tuple(TensorHead.from_address(tensor).nb)
+
+
+class Context:
+    """Room for the structs of at most `tensors` tensors, and of a graph of at most `nodes` nodes."""
+
+    def __init__(self, lib: Library, tensors: int, nodes: int = 0) -> None:
+        room = tensors * lib.tensor_overhead() + (lib.graph_overhead_custom(nodes, False) if nodes else 0)
+        self.lib, self.nodes, self.left = lib, nodes, tensors
+        self.pointer: int = lib.init(InitParams(room + 256, None, True))
+        if not self.pointer:
+            raise MemoryError(f"ggml cannot allocate {room} bytes for {tensors} tensors")
+        weakref.finalize(self, lib.free, self.pointer)
+
+    def new(self, kind: int, *ne: int) -> Tensor:
+        """A tensor of this type without data."""
+        tensor: int = self.lib.new_tensor(self.pointer, kind, len(ne), (c_int64 * len(ne))(*ne))
+        return tensor
+
+    def graph(self) -> int:
+        graph: int = self.lib.new_graph_custom(self.pointer, self.nodes, False)
+        return graph
+
+
+class Buffer:
+    """Owns a ggml buffer. Hold on to it as long as anything points into it."""
+
+    def __init__(self, lib: Library, pointer: int | None, what: str) -> None:
+        if not pointer:
+            raise MemoryError(f"ggml cannot allocate memory for {what}; close other programs or shorten the context")
+        self.lib, self.pointer = lib, pointer
+        self._finalizer = weakref.finalize(self, lib.backend_buffer_free, pointer)
+
+    @property
+    def nbytes(self) -> int:
+        return int(self.lib.backend_buffer_get_size(self.pointer))
+
+    def clear(self) -> None:
+        self.lib.backend_buffer_clear(self.pointer, 0)
+
+
+class Device:
+    """Where the graphs run. kind: `CPU` or `GPU` (the wheel's CUDA, Vulkan or Metal back end, where it has one)."""
+
+    def __init__(self, threads: int, kind: int = CPU) -> None:
+        """Raises RuntimeUnavailableError where the wheel has no such device."""
+        self.lib = lib = library()
+        self.kind, self.threads = kind, threads
+        self.device = lib.backend_dev_by_type(kind)
+        if not self.device:
+            built = "CUDA, Vulkan or Metal" if kind == GPU else "the CPU back end"
+            raise RuntimeUnavailableError(f"this llama-cpp-python has no such device; build it with {built}")
+        self.name: str = lib.backend_dev_name(self.device).decode()
+        self.backend: int = lib.backend_dev_init(self.device, None)
+        if not self.backend:
+            raise RuntimeUnavailableError(f"the device {self.name} cannot be opened")
+        weakref.finalize(self, lib.backend_free, self.backend)
+        self.memory: int = lib.backend_dev_buffer_type(self.device)
+        if set_threads := self._procedure(b"ggml_backend_set_n_threads", None, c_void_p, c_int):
+            set_threads(self.backend, threads)
+
+    def packed_memory(self) -> list[int]:
+        """Buffer types in which weights lie as the fastest kernels of this CPU read them, best first."""
+        listed = self._procedure(b"ggml_backend_dev_get_extra_bufts", ctypes.POINTER(c_void_p), c_void_p)
+        found: list[int] = []
+        pointers = listed(self.device) if listed else None
+        while pointers and pointers[len(found)]:
+            found.append(pointers[len(found)])
+        return found
+
+    def takes_product(self, memory: int, kind: int, rows: int, columns: int) -> bool:
+        """Can a weight [rows, columns] of this type in this memory be multiplied with?
+
+        Asked of the device about a product with 512 rows of x, as llama.cpp does; setting a tensor that a packed
+        memory does not support crashes.
+        """
+        context = Context(self.lib, 4)
+        weight = context.new(kind, columns, rows)
+        product = self.lib.mul_mat(context.pointer, weight, context.new(0, columns, 512))
+        head = TensorHead.from_address(weight)
+        head.buffer = empty = self.lib.backend_buft_alloc_buffer(memory, 0)
+        try:
+            return bool(self.lib.backend_dev_supports_op(self.device, product))
+        finally:
+            head.buffer = None
+            self.lib.backend_buffer_free(empty)
+
+    def allocate(self, context: Context, what: str, memory: int | None = None) -> Buffer:
+        """Memory for every tensor of `context` that has none yet."""
+        pointer = self.lib.backend_alloc_ctx_tensors_from_buft(context.pointer, memory or self.memory)
+        return Buffer(self.lib, pointer, what)
+
+    def write(self, tensor: Tensor, values: NDArray[Any], offset: int = 0) -> None:
+        """The bytes of a contiguous array into a tensor, from byte `offset` on."""
+        self.lib.backend_tensor_set(tensor, values.ctypes.data, offset, values.nbytes)
+
+    def read(self, tensor: Tensor, values: NDArray[Any]) -> None:
+        """The first bytes of a tensor into a contiguous array."""
+        self.lib.backend_tensor_get(tensor, values.ctypes.data, 0, values.nbytes)
+
+    def require(self, graph: int) -> None:
+        """Raises RuntimeUnavailableError naming an operation that the device does not have; ggml itself would abort."""
+        for index in range(self.lib.graph_n_nodes(graph)):
+            node = self.lib.graph_node(graph, index)
+            if not self.lib.backend_dev_supports_op(self.device, node):
+                operation = self.lib.op_desc(node).decode()
+                raise RuntimeUnavailableError(f"the device {self.name} cannot do {operation} on {list(sizes(node))}")
+
+    def compute(self, graph: int) -> None:
+        status = self.lib.backend_graph_compute(self.backend, graph)
+        if status != 0:
+            raise CheckpointError(f"ggml failed to compute the graph on {self.name} (status {status})")
+
+    def _procedure(self, name: bytes, result: Any, *arguments: Any) -> Callable[..., Any] | None:
+        """A function that a back end may have without exporting it."""
+        registry = self.lib.backend_dev_backend_reg(self.device)
+        address = self.lib.backend_reg_get_proc_address(registry, name)
+        return ctypes.CFUNCTYPE(result, *arguments)(address) if address else None
+
+
+class Allocator:
+    """Memory for what graphs compute on the way, shared by graphs that run one at a time.
+
+    `generation` grows when the memory moved: graphs of an older generation point into memory that is gone.
+    """
+
+    def __init__(self, device: Device) -> None:
+        self.lib, self.generation, self.nbytes = device.lib, 0, 0
+        self.pointer: int = device.lib.gallocr_new(device.memory)
+        weakref.finalize(self, device.lib.gallocr_free, self.pointer)
+
+    def place(self, graph: int) -> None:
+        if not self.lib.gallocr_alloc_graph(self.pointer, graph):
+            raise MemoryError("ggml cannot allocate memory for activations; lower the chunk or close other programs")
+        if (now := self.lib.gallocr_get_buffer_size(self.pointer, 0)) != self.nbytes:
+            self.nbytes, self.generation = now, self.generation + 1
+
+
+def padded(sizes_: tuple[int, ...]) -> tuple[int, int, int, int]:
+    """ne with ones up to four axes."""
+    full = (*sizes_, *(1,) * (MAX_DIMS - len(sizes_)))
+    return full[0], full[1], full[2], full[3]
