@@ -21,10 +21,16 @@ import edgec
 from edgec import pipeline
 from edgec.errors import BudgetError, EdgecError, PlanError, RecipeError, UsageError
 from edgec.evaluate.embeddings import cosine
+from edgec.export.targets import get_target
 from edgec.export.verify import float_activations
+from edgec.pipeline import pace
+from edgec.pipeline.stages import silent
+from edgec.plan.budget import parse_budget
 from edgec.plan.files import write_plan
+from edgec.plan.refine import Search
 from edgec.profile.store import load_profile
-from edgec.records import Spec
+from edgec.quantize.formats import CoreFormat
+from edgec.records import Plan, Spec
 from edgec.runtime import open_artifact
 from edgec.runtime.ort_decoder import OrtDecoder
 from edgec.runtime.ort_encoder import OrtEncoder
@@ -452,3 +458,51 @@ def test_arm64_leaves_widths_that_are_no_multiple_of_32_in_fp16_and_says_so(text
     assert chosen[f"{BLOCK}.mlp.up_proj"].format == "int4-b32"  # K = 128
     assert all(node["K"] % 32 == 0 for node in onnx_files.nodes(done.out, "MatMulNBits"))
     assert any("down_proj" in note and "fp16" in note for note in done.plan.notes)
+
+
+def test_a_cap_on_milliseconds_gives_a_quicker_plan(
+    sources: dict[str, Path], profiles: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kernels that take as long as they read bytes, on whatever machine the test runs."""
+    shapes = ((64, 512), (384, 384), (1536, 384), (384, 1536), (1024, 1024))
+    samples = [
+        (n, k, bits, block, rows, 1e-6 * CoreFormat(bits, block).stored_bytes((n, k)) + 1e-4)
+        for bits, block in ((2, 64), (4, 32), (8, 32), (32, 0))
+        for n, k in shapes
+        for rows in (1, 16, 128)
+    ]
+    monkeypatch.setattr(pace.microbench, "measure", lambda **given: samples)
+    monkeypatch.setattr(pace.platform, "machine", lambda: "x86_64")
+
+    def planned(max_ms: float | None) -> Plan:
+        goal = pipeline.Goal(parse_budget("9bpw"), search=Search("none"), max_ms=max_ms)
+        return pipeline.plan(sources["encoder"], "onnx-x64", goal, profile_folder=profiles("encoder"))
+
+    def read(plan: Plan) -> int:
+        return sum(c.bytes for c in plan.choices if c.role != "embedding")
+
+    free = planned(None)
+    costs = pace.fit_costs(samples)
+    ms = sum(costs.choice(choice, 128) for choice in free.choices)
+    capped = planned(0.8 * ms)
+    assert sum(costs.choice(choice, 128) for choice in capped.choices) <= 0.8 * ms
+    assert read(capped) < read(free)
+    with pytest.raises(BudgetError, match="raise the latency"):
+        planned(ms / 100)
+
+
+def test_milliseconds_of_another_machine_are_refused(sources: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pace.platform, "machine", lambda: "aarch64")
+    goal = pace.paced(pipeline.Goal(parse_budget("4bpw")), get_target("onnx-x64"), "x", silent)
+    assert goal.pace is None
+    with pytest.raises(UsageError, match="does not run onnx-x64"):
+        pace.paced(pipeline.Goal(max_ms=1.0), get_target("onnx-x64"), "x", silent)
+
+
+@pytest.mark.parametrize(("text", "ms"), [("5ms", 5.0), ("0.5 s", 500.0), ("5", None), ("0ms", None), ("-1ms", None)])
+def test_latencies_are_times(text: str, ms: float | None) -> None:
+    if ms is None:
+        with pytest.raises(UsageError, match="--max-latency"):
+            pace.parse_latency(text)
+    else:
+        assert pace.parse_latency(text) == ms

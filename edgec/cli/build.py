@@ -15,6 +15,7 @@ from edgec.cli.options import (
     Calibration,
     Force,
     Json,
+    MaxLatency,
     MaxLoss,
     Model,
     ProfileOption,
@@ -41,6 +42,7 @@ def export(
     calibration: Calibration = None,
     profile: ProfileOption = None,
     max_loss: MaxLoss = None,
+    max_latency: MaxLatency = None,
     search: SearchOption = "greedy",
     heal: Annotated[
         str | None, typer.Option(help="distil the dense model into the compressed one: auto, off, 10min, 300steps")
@@ -82,6 +84,7 @@ def export(
         out=folder,
         budget=wanted.budget,
         max_loss=wanted.max_loss,
+        max_latency=max_latency,
         plan=wanted.plan,
         calibration=wanted.calibration,
         profile=profile,
@@ -136,6 +139,7 @@ def plan(
     target: TargetOption,
     budget: Annotated[str | None, typer.Option("--budget", "-b", help=BUDGET_HELP)] = None,
     max_loss: MaxLoss = None,
+    max_latency: MaxLatency = None,
     search: SearchOption = "greedy",
     seed: Seed = 0,
     output: Annotated[Path | None, typer.Option("--out", "-o", help="plan.yaml to write; default: print it")] = None,
@@ -146,6 +150,7 @@ def plan(
     """Decide the form of every layer under a budget, and write it as YAML to read, edit and give to `compress --plan`.
     """
     from edgec import outputs, pipeline
+    from edgec.pipeline.pace import parse_latency
     from edgec.plan.acceptance import parse_max_loss
     from edgec.plan.budget import parse_budget
     from edgec.plan.files import write_plan
@@ -159,6 +164,7 @@ def plan(
         parse_budget(budget) if budget else None,
         parse_max_loss(max_loss) if max_loss else None,
         parse_search(search, seed),
+        parse_latency(max_latency) if max_latency else None,
     )
     with console.progress() as bars:
         made = pipeline.plan(model, target, goal, profile_folder=profile, calibration=calibration, progress=bars)

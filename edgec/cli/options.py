@@ -43,6 +43,10 @@ MaxLoss = Annotated[
     str | None,
     typer.Option("--max-loss", help="in place of a budget: the smallest within 1% (1 - cosine, or rise of perplexity)"),
 ]
+MaxLatency = Annotated[
+    str | None,
+    typer.Option("--max-latency", help="most time of the planned layers, as kernels timed here predict it: 5ms"),
+]
 SearchOption = Annotated[
     str, typer.Option("--search", help="none, greedy, or anneal with its time: anneal:10min (plans are measured)")
 ]

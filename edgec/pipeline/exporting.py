@@ -24,6 +24,7 @@ from edgec.export.targets import get_target
 from edgec.fit import Factors
 from edgec.heal.settings import HealSettings
 from edgec.modeling import DECODER_TASK
+from edgec.pipeline.pace import paced, parse_latency
 from edgec.pipeline.stages import (
     Goal,
     Progress,
@@ -61,7 +62,7 @@ class ExportRequest:
     """What `edgec export` was asked for. plan: a YAML file or a constraint; profile: a folder made by `edgec profile`;
     plain: fit a given plan without activations (no calibration run; for speed tests). quality: measure the result
     on held-out text; off only for random weights, whose quality means nothing. max_loss: a line ("1%") in place of a
-    budget.
+    budget. max_latency: most time of the planned layers ("5ms").
     """
 
     model: Path
@@ -72,6 +73,7 @@ class ExportRequest:
     calibration: Path | None = None
     profile: Path | None = None
     max_loss: str | None = None
+    max_latency: str | None = None
     heal: HealSettings = field(default_factory=HealSettings)
     search: Search = field(default_factory=Search)
     plain: bool = False
@@ -125,6 +127,7 @@ class _Export:
         self.progress("building the graph", 1, 1)
         sizes = planning_sizes(workspace, graph, self.work)
         found = profile_of(workspace, self.target, self.request.profile, self.progress)
+        goal = paced(goal, self.target, workspace.task, self.progress)
         evaluate = evaluator(workspace, found, workspace.divergence_on_search)
         over = 0.0
         for _ in range(_REPLANS):
@@ -149,7 +152,7 @@ class _Export:
             return [made]
         if settings.mode == "auto" and evaluate(list(made.choices)) < healing.NOTHING_TO_HEAL:
             return [made]
-        entries = finalists(found, self.target, goal.budget, sizes, evaluate, goal.search)
+        entries = finalists(found, self.target, goal.budget, sizes, evaluate, goal.search, pace=goal.pace)
         known = key_of(made.choices)
         others = [(name, choices, loss) for name, choices, loss in entries if key_of(choices) != known]
         told = [f"measured loss of the {name} finalist: {loss:.3g}" for name, _, loss in others]
@@ -254,11 +257,14 @@ def _goal(request: ExportRequest, target: Target) -> Goal:
             "--plan already decides every layer; leave --budget and --max-loss out, or make a plan that fits with "
             "`edgec plan --budget`"
         )
+    if request.plan and request.max_latency:
+        raise UsageError("--plan already decides every layer; leave --max-latency out")
+    max_ms = parse_latency(request.max_latency) if request.max_latency else None
     if request.max_loss:
         if request.budget:
             raise UsageError("--budget limits the size and --max-loss the loss; give one of them")
-        return Goal(line=parse_max_loss(request.max_loss), search=request.search)
-    return Goal(parse_budget(request.budget or target.default_budget), search=request.search)
+        return Goal(line=parse_max_loss(request.max_loss), search=request.search, max_ms=max_ms)
+    return Goal(parse_budget(request.budget or target.default_budget), search=request.search, max_ms=max_ms)
 
 
 def _require_within(budget: Budget, stage: Path, written: exporter.Written) -> None:

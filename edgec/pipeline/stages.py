@@ -23,6 +23,7 @@ from edgec.plan import files as plan_files
 from edgec.plan.acceptance import Line, plan_to_loss
 from edgec.plan.budget import Budget
 from edgec.plan.candidates import candidates
+from edgec.plan.latency import Pace
 from edgec.plan.planner import Sizes, check_plan, constrained_plan, plan_to_budget
 from edgec.plan.refine import Search, key_of
 from edgec.profile.activations import collect
@@ -44,11 +45,16 @@ def silent(stage: str, done: int, total: int) -> None:
 
 @dataclass(frozen=True)
 class Goal:
-    """What a plan is to reach: a budget, or a line of loss with the fewest bytes; and how hard to look for it."""
+    """What a plan is to reach: a budget, or a line of loss with the fewest bytes; and how hard to look for it.
+
+    max_ms: most milliseconds of the planned layers, or None; pace: what `pipeline.pace` found forms to cost.
+    """
 
     budget: Budget | None = None
     line: Line | None = None
     search: Search = field(default_factory=Search)
+    max_ms: float | None = None
+    pace: Pace | None = None
 
     def __str__(self) -> str:
         return str(self.line or self.budget)
@@ -99,13 +105,16 @@ def search_plan(
             sizes,
             evaluator(workspace, found, workspace.accepted_loss),
             goal.search,
+            pace=goal.pace,
             progress=told,
         )
     assert goal.budget is not None
     confirm = (
         evaluator(workspace, found, workspace.divergence_on_second_text) if goal.search.method == "anneal" else None
     )
-    return plan_to_budget(found, target, goal.budget, sizes, loss, goal.search, confirm=confirm, progress=told)
+    return plan_to_budget(
+        found, target, goal.budget, sizes, loss, goal.search, confirm=confirm, pace=goal.pace, progress=told
+    )
 
 
 def evaluator(workspace: Workspace, found: Profile, loss: Callable[[Any], float]) -> Callable[[list[Choice]], float]:

@@ -12,6 +12,7 @@ from edgec.compress.streaming import compress_streamed
 from edgec.errors import UnsupportedModelError
 from edgec.export.onnx import exporter
 from edgec.export.targets import all_targets, get_target
+from edgec.pipeline.pace import paced
 from edgec.pipeline.stages import (
     Goal,
     Progress,
@@ -66,6 +67,7 @@ def plan(
         graph = exporter.dense_graph(workspace.checkpoint, workspace.task, work)
         sizes = planning_sizes(workspace, graph, work)
     found = profile_of(workspace, chosen, profile_folder, progress)
+    goal = paced(goal, chosen, workspace.task, progress)
     return search_plan(workspace, found, chosen, goal, sizes, progress)
 
 

@@ -18,7 +18,7 @@ from scipy.optimize import nnls
 
 from edgec.contraction import BlockMatMul, Contraction, Gather, MatMul, Reshape, Step, Sum, infer_shape
 from edgec.errors import PlanError
-from edgec.fit import contraction_of
+from edgec.fit import contraction_of, core_formats
 from edgec.quantize.formats import CoreFormat, LayerFormat
 from edgec.records import Choice
 
@@ -67,18 +67,20 @@ class CostModel:
 
     def contraction(self, contraction: Contraction, fmt: LayerFormat, rows: int) -> float:
         """Predicted ms of a whole layer for x [rows, in]."""
-        return self._steps(contraction.steps, contraction.start, fmt, rows)
+        return self._steps(contraction.steps, contraction.start, core_formats(contraction, fmt), rows)
 
-    def _steps(self, steps: Sequence[Step], trailing: tuple[int, ...], fmt: LayerFormat, rows: int) -> float:
+    def _steps(
+        self, steps: Sequence[Step], trailing: tuple[int, ...], formats: Mapping[str, CoreFormat], rows: int
+    ) -> float:
         total, node = 0.0, self.prices[min(self.prices)].node
         for step in steps:
             match step:
                 case MatMul(core, n, k):
-                    total += self.matmul(n, k, fmt.of(core), rows * math.prod(trailing[:-1]))
+                    total += self.matmul(n, k, formats[core], rows * math.prod(trailing[:-1]))
                 case BlockMatMul(_, g, b):
                     total += 2 * node + self.matmul(g * b, b, CoreFormat(32), rows)
                 case Sum(branches):
-                    total += sum(self._steps(branch, trailing, fmt, rows) for branch in branches)
+                    total += sum(self._steps(branch, trailing, formats, rows) for branch in branches)
                     total += node * (len(branches) - 1)
                 case Gather() | Reshape():
                     total += node

@@ -1,0 +1,53 @@
+"""Milliseconds as a second objective: the runtime's kernels timed on this machine, before a plan is made."""
+
+from __future__ import annotations
+
+import platform
+import re
+from dataclasses import replace
+
+from edgec.bench import microbench
+from edgec.errors import UsageError
+from edgec.modeling import DECODER_TASK
+from edgec.pipeline.stages import Goal, Progress
+from edgec.plan.latency import DECODE_ROWS, PREFILL_ROWS, Pace, fit_costs
+from edgec.records import Target
+from edgec.runtime.options import physical_cores
+
+_MACHINES = {"onnx-x64": ("x86_64", "amd64"), "onnx-arm64": ("aarch64", "arm64")}
+"""Targets whose kernels can be timed, and the machines that they can be timed on."""
+_TIME = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s)")
+
+
+def parse_latency(text: str) -> float:
+    """"5ms" → 5.0 [ms]. Raises UsageError."""
+    match = _TIME.fullmatch(text.strip().lower())
+    value = float(match[1]) * (1000 if match[2] == "s" else 1) if match else 0.0
+    if not value > 0:
+        raise UsageError(f"--max-latency {text}: expected a time such as 5ms")
+    return value
+
+
+def paced(goal: Goal, target: Target, task: str, progress: Progress) -> Goal:
+    """The goal with the price of every form in milliseconds, where it has a cap on them; else as it is.
+
+    The planned layers of one token (causal LMs) or of a sentence of 128 tokens (encoders) are what is capped, at as
+    many threads as the runtime takes by default; attention, norms and the runtime's own overhead come on top. Raises
+    UsageError where this machine cannot tell the target's times.
+    """
+    if goal.max_ms is None or goal.pace is not None:
+        return goal
+    machine = platform.machine().lower()
+    if machine not in _MACHINES.get(target.name, ()):
+        raise UsageError(
+            f"--max-latency times the runtime's kernels on this machine ({machine}), which does not run {target.name}; "
+            "leave it out, or plan on a machine of the target's kind"
+        )
+    samples = microbench.measure(
+        threads=physical_cores(),
+        accuracy_level=target.accuracy_level,
+        progress=lambda done, total: progress("timing kernels", done, total),
+    )
+    costs = fit_costs(samples)
+    rows = DECODE_ROWS if task == DECODER_TASK else PREFILL_ROWS
+    return replace(goal, pace=Pace(lambda choice: costs.choice(choice, rows), cap=goal.max_ms))
