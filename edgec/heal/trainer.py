@@ -139,7 +139,7 @@ class HealRun:
         batch = {name: tensor.to(self.settings.device) for name, tensor in batch.items()}
         with torch.no_grad(), self._autocast():
             wanted = look(self.teacher, batch)
-        with self._autocast(), _local(self.student.model) if local else contextlib.nullcontext():
+        with self._autocast(), _local(self.student.blocks()) if local else contextlib.nullcontext():
             own = look(self.student.model, batch)
         if local:
             loss = hidden_loss(own, wanted, batch["attention_mask"])
@@ -190,11 +190,11 @@ def _schedule(share: float) -> float:
 
 
 @contextlib.contextmanager
-def _local(model: transformers.PreTrainedModel) -> Iterator[None]:
+def _local(blocks: Sequence[nn.Module]) -> Iterator[None]:
     """Block-wise learning in one pass: what enters a block is cut off from the blocks before it, so each learns from
     its own output alone, on the activations that the compressed blocks before it really produce.
     """
-    handles = [block.register_forward_pre_hook(_detach, with_kwargs=True) for block in _blocks(model)]
+    handles = [block.register_forward_pre_hook(_detach, with_kwargs=True) for block in blocks]
     try:
         yield
     finally:
@@ -209,12 +209,6 @@ def _detach(
     if isinstance(hidden := kwargs.get("hidden_states"), Tensor):
         kwargs = {**kwargs, "hidden_states": hidden.detach()}
     return cut, kwargs
-
-
-def _blocks(model: transformers.PreTrainedModel) -> list[nn.Module]:
-    """The transformer blocks: the longest list of modules in the model."""
-    lists: list[list[nn.Module]] = [list(m) for m in model.modules() if isinstance(m, nn.ModuleList)]
-    return max(lists, key=len, default=[])
 
 
 def _fast_bfloat16(device: str) -> bool:

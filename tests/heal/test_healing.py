@@ -170,9 +170,9 @@ def test_block_wise_gradients_stay_in_their_block(case: tuple[Workspace, Start])
     workspace, start = case
     student = Student(modeling.load_dense(workspace.checkpoint), start.factors)
     batch = workspace.healing_batches.items[0]
-    with trainer._local(student.model):
+    with trainer._local(student.blocks()):
         own = trainer.look(student.model, batch)
     own.hidden[-1].square().sum().backward()
-    blocks = trainer._blocks(student.model)
+    blocks = student.blocks()
     reached = [any(p.grad is not None for p in block.parameters()) for block in blocks]
     assert reached == [False] * (len(blocks) - 1) + [True]
