@@ -74,7 +74,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="edgec-frontier-") as temporary:
         for name in given.names or [*figures, "headlines"]:
             if name == "headlines":
-                console.print(headlines.table())
+                text = pycode_lm(Path(temporary)).calibration
+                assert text is not None
+                console.print(headlines.table(text, parse_heal(given.heal)))
                 continue
             work = Path(temporary)
             request = replace(

@@ -1,8 +1,9 @@
 """What the sources of tensor-network compression claim, measured on pycode-lm: each claim with a number and a verdict.
 
 The claims were made of other models (GPT-2 124M, Llama-2 7B), so "refuted" means: does not hold on this trained model.
-Nothing is healed and cores stay fp32: what is judged is the decomposition. Every decomposition is fitted to the
-activations, which is more than the sources did, except where plain SVD is itself the claim's rival.
+Nothing is healed, but for the claim about healing, and cores stay fp32: what is judged is the decomposition. Every
+decomposition is fitted to the activations, which is more than the sources did, except where plain SVD is itself the
+claim's rival.
 """
 
 from __future__ import annotations
@@ -10,15 +11,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 from rich.table import Table
 
-from edgec import decompose
+from edgec import decompose, healing
 from edgec.contraction import parameters
 from edgec.errors import NumericsError, PlanError
 from edgec.fit import Factors, contraction_of, fit
 from edgec.frontier.judge import Judge
+from edgec.heal.settings import HealSettings
 from edgec.modeling import Layer
 from edgec.moments import SecondMoment
 from edgec.profile.activations import Statistics, collect
@@ -43,6 +46,11 @@ FIRST_LAYER = (0.49, 0.97)
 _OVERSHOOT = (1.0, 1.25, 1.6)
 """A suggestion may stay well below its ratio; larger ones are asked for too, and kept where they are within it."""
 
+HEALED = 0.5
+"""Share of the parameters that the healed model keeps: the middle of what the sources compress to."""
+RECOVERED = (0.6, 0.8)
+"""What the sources' healing wins back of the loss; edgec aims at 0.9."""
+
 FLOAT = CoreFormat(32)
 
 
@@ -60,11 +68,11 @@ def _verdict(holds: bool) -> str:
 
 
 class Bench:
-    """pycode-lm with its statistics and its judge."""
+    """pycode-lm with its statistics and its judge. text: calib.txt and heal.txt in one file."""
 
-    def __init__(self) -> None:
+    def __init__(self, text: Path) -> None:
         model = ASSETS / "pycode-lm"
-        self.workspace = Workspace(model, model / "calib.txt")
+        self.workspace = Workspace(model, text)
         self.judge = Judge(self.workspace, sts=None, eval_text=model / "valid.txt")
         self.linears = [layer for layer in self.workspace.layers if layer.role == "linear"]
 
@@ -166,16 +174,30 @@ def first_layer(bench: Bench) -> Headline:
     )
 
 
-def measured() -> list[Headline]:
-    bench = Bench()
-    return [measurement_aware(bench), *kinds(bench), parameter_cut(bench), first_layer(bench)]
+def healing_recovers(bench: Bench, settings: HealSettings) -> Headline:
+    """Whitened low rank at one ratio for all layers, then distilled on text that is not reported on."""
+    factors = bench.low_rank(HEALED, aware=True)
+    before = bench.increase(factors)
+    healed = healing.heal(bench.workspace, healing.Start(factors), settings)
+    after = bench.judge.measure(healed.factors, healed.vectors)[0]["perplexity_ratio"] - 1
+    share = 1 - after / before
+    shown = f"{HEALED:.0%} kept, {settings}: perplexity +{before:.1%} → +{after:.1%}, {share:.0%} recovered"
+    return Headline(
+        f"healing recovers {RECOVERED[0]:.0%}–{RECOVERED[1]:.0%} of the loss", shown, _verdict(share >= RECOVERED[0])
+    )
 
 
-def table() -> Table:
-    """Claim, measured, verdict."""
-    shown = Table(title="the sources' headlines on pycode-lm (fp32 cores, not healed)")
+def measured(text: Path, settings: HealSettings) -> list[Headline]:
+    bench = Bench(text)
+    found = [measurement_aware(bench), *kinds(bench), parameter_cut(bench), first_layer(bench)]
+    return found if settings.mode == "off" else [*found, healing_recovers(bench, settings)]
+
+
+def table(text: Path, settings: HealSettings) -> Table:
+    """Claim, measured, verdict. settings: of the healing claim, which is left out where they are off."""
+    shown = Table(title="the sources' headlines on pycode-lm (fp32 cores)")
     for name in ("claim", "measured", "verdict"):
         shown.add_column(name, overflow="fold")
-    for headline in measured():
+    for headline in measured(text, settings):
         shown.add_row(headline.claim, headline.measured, headline.verdict)
     return shown
