@@ -6,8 +6,8 @@
 | int8-b32 | Q8_0 | fp16 scale, 32 signed bytes; w = q·d |
 | fp16, fp32 | F16, F32 | – |
 
-So what GPTQ and healing made of a core ships exactly. Zero points (int4-b32-zp → Q4_1) were turned down: Q4_1 stores the
-minimum as fp16, and scale × zero point takes up to 12 significant bits, one more than fp16 has.
+So what GPTQ and healing made of a core ships exactly. Zero points (int4-b32-zp → Q4_1) were turned down: Q4_1 stores
+the minimum as fp16, and scale × zero point takes up to 12 significant bits, one more than fp16 has.
 """
 
 from __future__ import annotations

@@ -143,14 +143,17 @@ def _refuse_odd_yarn(rope: dict[str, Any]) -> None:
 
 
 def _windows(config: Any, arch: str) -> dict[str, Value]:
-    """The sliding window and which layers have it. llama.cpp's own pattern is every 2nd or 6th layer without."""
-    every = 2 if arch == "gemma2" else 6
+    """The sliding window, and which layers have it: in llama.cpp every 2nd (Gemma 2) or 6th (Gemma 3) layer has none,
+    unless the file says another period.
+    """
+    own = 2 if arch == "gemma2" else 6
     kinds = list(config.layer_types)
-    window, context = config.sliding_window, int(config.max_position_embeddings)
-    usual = [("full_attention" if (i + 1) % every == 0 else "sliding_attention") for i in range(len(kinds))]
-    if kinds != usual:
-        raise UnsupportedModelError(f"layer_types of {arch}: llama.cpp expects full attention in every {every}th layer")
-    return {f"{arch}.attention.sliding_window": int(window or context)}
+    window = int(config.sliding_window or config.max_position_embeddings)
+    values: dict[str, Value] = {f"{arch}.attention.sliding_window": window}
+    for period in (own, *range(2, len(kinds) + 1)):
+        if kinds == ["sliding_attention" if (i + 1) % period else "full_attention" for i in range(len(kinds))]:
+            return values if period == own else {**values, f"{arch}.attention.sliding_window_pattern": period}
+    raise UnsupportedModelError(f"layer_types of {arch}: llama.cpp expects full attention in every n-th layer")
 
 
 def _context(config: Any, arch: str) -> int:
@@ -178,7 +181,7 @@ def _refuse(config: Any, arch: str) -> None:
         scale = config.hidden_size // config.num_attention_heads if wide else config.head_dim
         if config.query_pre_attn_scalar != scale:
             raise UnsupportedModelError(
-                f"query_pre_attn_scalar {config.query_pre_attn_scalar}: llama.cpp takes {scale} for this shape of {arch}"
+                f"query_pre_attn_scalar {config.query_pre_attn_scalar}: llama.cpp takes {scale} for this shape"
             )
     if arch == "gemma3" and getattr(config, "attn_logit_softcapping", None):
         raise UnsupportedModelError("attn_logit_softcapping in Gemma 3: llama.cpp has none there")

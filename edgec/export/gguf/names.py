@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgec.contraction import Contraction, MatMul, Step, Sum
+from edgec.contraction import MatMul, Step, Sum
 from edgec.errors import ExportError, UnsupportedModelError
 from edgec.export.gguf import import_gguf
 from edgec.fit import Core, Factors
@@ -39,7 +39,7 @@ Rows = NDArray[np.int64]
 
 
 def architecture(model_type: str) -> str:
-    """llama.cpp's name of a transformers model type. Raises UnsupportedModelError listing the ones that edgec writes."""
+    """llama.cpp's name of a transformers model type. Raises UnsupportedModelError listing the known ones."""
     if model_type not in ARCHITECTURES:
         raise UnsupportedModelError(
             f"edgec writes GGUF files of {', '.join(ARCHITECTURES)}; this model is {model_type!r}. Use an ONNX target"
@@ -85,7 +85,7 @@ def permute_outputs(factors: Factors, order: Rows) -> Factors:
     Raises ExportError where no single core makes the outputs (tensor trains with several output modes).
     """
     made = _output_cores(factors.contraction.steps, factors.contraction.out_features)
-    uses = [step for step in _matmuls(factors.contraction.steps)]
+    uses = _matmuls(factors.contraction.steps)
     cores: dict[str, Core] = dict(factors.cores)
     for name in made:
         if sum(step.core == name for step in uses) != 1:

@@ -20,6 +20,7 @@ from edgec.export.gguf import import_gguf
 from edgec.export.gguf.blocks import blocks, ggml_type
 from edgec.export.gguf.metadata import Value
 from edgec.fit import Core
+from edgec.gguf_header import BLOCKS
 
 ALIGNMENT = 32
 """Tensors start at multiples of this [bytes]; the format's default, enough to map and to read with AVX."""
@@ -44,11 +45,18 @@ class GgufTensor:
     @property
     def nbytes(self) -> int:
         """As the type stores it. Raises ExportError when rows do not divide into its blocks."""
-        gguf = import_gguf()
-        block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[self.type]]
+        block, size = block_of(self.type)
         if self.shape[-1] % block:
             raise ExportError(f"tensor {self.name!r}: rows of {self.shape[-1]} do not divide into {self.type}'s blocks")
-        return math.prod(self.shape) // int(block) * int(size)
+        return math.prod(self.shape) // block * size
+
+
+def block_of(kind: str) -> tuple[int, int]:
+    """(numbers in a block, bytes of it) of a ggml type by its name, "Q6_K". Raises ExportError for an unknown one."""
+    found = next(((block, size) for name, block, size in BLOCKS.values() if name == kind), None)
+    if found is None:
+        raise ExportError(f"ggml has no type {kind!r}")
+    return found
 
 
 def tensor_of(name: str, core: Core) -> GgufTensor:
@@ -64,7 +72,7 @@ def write_gguf(
 ) -> dict[str, int]:
     """Write `path`, which must lie in a folder that appears whole (edgec.outputs). Returns tensor → stored bytes.
 
-    metadata needs "general.architecture"; a Python int is written as uint32, a float as float32, a list of ints as int32.
+    metadata needs "general.architecture"; an int is written as uint32, a float as float32, a list of ints as int32.
     Raises ExportError for a tensor that has another shape or size than announced.
     """
     gguf = import_gguf()
