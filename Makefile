@@ -8,17 +8,19 @@
 
 PYTHON ?= python3
 ARGS ?=
+FIGURES ?=
 BIN = .venv/bin
 OFFLINE = HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 PYTEST = $(OFFLINE) EDGEC_ASSETS="$${EDGEC_ASSETS:-$$(pwd)/../shared/assets}" $(BIN)/python -m pytest
 
-.PHONY: help setup demo test test-fast lint clean distclean
+.PHONY: help setup demo test test-fast results lint clean distclean
 
 help:
 	@echo 'make demo       compress a real model for x86-64 and arm64, measure it, write demo-out/report.html'
 	@echo 'make test       every test (also what CI runs, after make lint)'
 	@echo 'make test-fast  the unit tests alone'
 	@echo 'make lint       ruff, mypy, import contracts'
+	@echo 'make results    RESULTS.md: every figure that README.md quotes, measured again (hours); FIGURES="minilm" for some'
 	@echo 'make setup      .venv/ with everything that the above need; they call it themselves'
 	@echo 'make clean      remove what demo, benchmarks and tests left; distclean: .venv/ and .cache/ too'
 
@@ -58,6 +60,9 @@ test: setup
 
 test-fast: setup
 	$(PYTEST) tests $(ARGS)
+
+results: setup
+	$(OFFLINE) EDGEC_ASSETS="$${EDGEC_ASSETS:-$$(pwd)/../shared/assets}" $(BIN)/python -m runtime_tests.results $(FIGURES)
 
 lint: setup
 	$(BIN)/ruff check .
