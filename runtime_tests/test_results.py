@@ -11,13 +11,13 @@ from runtime_tests import results
 
 
 def test_a_section_replaces_its_own_and_no_other() -> None:
-    first = results.merged("", {"streaming": results.section("streaming", "old", 60.0)})
+    first = results.merged("", {"streaming": results.section("streaming", "first run", 60.0)})
     second = results.merged(first, {"minilm": results.section("minilm", "1.5 | 2", 60.0)})
     third = results.merged(second, {"streaming": results.section("streaming", "new", 60.0)})
     assert results.merged(third, {}) == third
     assert [n for n in results.FIGURES if f"<!-- {n} -->" in third] == ["minilm", "streaming"]
     assert third.index("1.5 | 2") < third.index("new")
-    assert "old" not in third
+    assert "first run" not in third
 
 
 def test_a_command_that_fails_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
