@@ -30,12 +30,17 @@ def strides(tensor: Tensor) -> tuple[int, ...]:
     return tuple(TensorHead.from_address(tensor).nb)
 
 
+def kind_of(tensor: Tensor) -> int:
+    """ggml's number of its type."""
+    return int(TensorHead.from_address(tensor).type)
+
+
 class Context:
     """Room for the structs of at most `tensors` tensors, and of a graph of at most `nodes` nodes."""
 
     def __init__(self, lib: Library, tensors: int, nodes: int = 0) -> None:
         room = tensors * lib.tensor_overhead() + (lib.graph_overhead_custom(nodes, False) if nodes else 0)
-        self.lib, self.nodes, self.left = lib, nodes, tensors
+        self.lib, self.nodes = lib, nodes
         self.pointer: int = lib.init(InitParams(room + 256, None, True))
         if not self.pointer:
             raise MemoryError(f"ggml cannot allocate {room} bytes for {tensors} tensors")

@@ -1,0 +1,291 @@
+"""One graph: token ids to logits, or only to keys and values in the cache.
+
+Operations and their order are llama.cpp's (`src/models/*.cpp`, `llama-graph.cpp`), so that the logits of a dense file
+are bit for bit its own. Where a layer is factored, its product is a contraction instead of one `mul_mat`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from edgec.contraction import BlockMatMul, Contraction, Gather, MatMul, Scale, walk
+from edgec.runtime.ggml.config import Config
+from edgec.runtime.ggml.library import PREC_F32, Library
+from edgec.runtime.ggml.ops import Cores, NamedCores, lower, node_count
+from edgec.runtime.ggml.tensors import Context, Tensor, kind_of, padded, sizes, strides
+from edgec.runtime.ggml.weights import Use
+
+TABLE, HEAD = "token_embd", "output"
+ROPE_FREQS = "rope_freqs.weight"
+"""Divisors of the rotary frequencies, [head / 2] float32 (Llama 3)."""
+_LINEARS = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+_NODES_PER_BLOCK = 96
+_NODES_AROUND = 64
+
+
+@dataclass(frozen=True)
+class Program:
+    """A factored layer. cores: name in the contraction → tensor of the file."""
+
+    contraction: Contraction
+    cores: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Network:
+    """What the graphs are built from: the config, the file's tensor names, the factored layers by name ("blk.0.attn_q",
+    "token_embd", "output").
+    """
+
+    config: Config
+    tensors: frozenset[str]
+    programs: Mapping[str, Program]
+
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """Every layer that multiplies, with its shape (out, in)."""
+        c = self.config
+        query = c.heads * c.head
+        shapes = dict(
+            zip(
+                _LINEARS,
+                (
+                    (query, c.width),
+                    (c.kv_width, c.width),
+                    (c.kv_width, c.width),
+                    (c.width, query),
+                    (c.ffn, c.width),
+                    (c.ffn, c.width),
+                    (c.width, c.ffn),
+                ),
+                strict=True,
+            )
+        )
+        found = {f"blk.{i}.{name}": shape for i in range(c.layers) for name, shape in shapes.items()}
+        found[self.head] = (c.vocab, c.width)
+        return found
+
+    @property
+    def head(self) -> str:
+        """The layer that makes logits: the table where the file has no head of its own."""
+        return HEAD if HEAD in self.programs or f"{HEAD}.weight" in self.tensors else TABLE
+
+    def vectors(self) -> dict[str, int]:
+        """Norms that must be there, with their sizes, and biases that the file has."""
+        c = self.config
+        block = {"attn_norm": c.width, "ffn_norm": c.width}
+        if c.normed_heads:
+            block |= {"attn_q_norm": c.head, "attn_k_norm": c.head}
+        if c.post_norms:
+            block |= {"post_attention_norm": c.width, "post_ffw_norm": c.width}
+        found = {"output_norm.weight": c.width}
+        found |= {f"blk.{i}.{name}.weight": n for i in range(c.layers) for name, n in block.items()}
+        found |= {f"{n}.bias": s[0] for n, s in self.linears().items() if f"{n}.bias" in self.tensors}
+        if ROPE_FREQS in self.tensors:
+            found[ROPE_FREQS] = c.head // 2
+        return found
+
+    def uses(self) -> dict[str, Use]:
+        """Every tensor that the graphs read, and how."""
+        product, plain = set(), set(self.vectors())
+        for name in self.linears():
+            if name in self.programs:
+                able, rest = _cores(self.programs[name])
+                product |= able
+                plain |= rest
+            else:
+                product.add(f"{name}.weight")
+        if TABLE in self.programs:
+            able, rest = _cores(self.programs[TABLE])
+            product |= able
+            plain |= rest
+        else:
+            plain.add(f"{TABLE}.weight")
+        return {name: Use(name in product, name in plain) for name in sorted(product | plain)}
+
+    def nodes(self) -> int:
+        """Most tensors of one graph."""
+        factored = sum(node_count(program.contraction) for program in self.programs.values())
+        return self.config.layers * _NODES_PER_BLOCK + _NODES_AROUND + factored
+
+
+def _cores(program: Program) -> tuple[set[str], set[str]]:
+    """Tensors that are multiplied with, and the others."""
+    steps = list(walk(program.contraction.steps))
+    able = {program.cores[s.core] for s in steps if isinstance(s, MatMul)}
+    return able, {program.cores[s.core] for s in steps if isinstance(s, BlockMatMul | Gather | Scale)}
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """ids, positions [T] int32; places [T] int64: where in the cache; mask, local_mask: flat, [T · positions] F16 or F32
+    (0 or −inf); value_places [T · kv width] int64 where values lie transposed; outputs [n] int32: whose logits.
+    """
+
+    ids: Tensor
+    positions: Tensor
+    places: Tensor
+    mask: Tensor
+    outputs: Tensor
+    local_mask: Tensor | None = None
+    value_places: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Cache:
+    """keys, values: one tensor per block, (kv width, capacity); values transposed without flash attention."""
+
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+    capacity: int
+    flash: bool
+
+
+class Forward:
+    """Builds one graph into a context. tokens: how many at once; seen: cache positions that attention reads."""
+
+    def __init__(
+        self, lib: Library, network: Network, weights: Cores, context: Context, tokens: int, seen: int
+    ) -> None:
+        self.lib, self.network, self.config, self.weights = lib, network, network.config, weights
+        self.context, self.tokens, self.seen = context, tokens, seen
+        self.graph = context.graph()
+
+    def build(self, inputs: Inputs, cache: Cache, outputs: int) -> Tensor | None:
+        """Expands the graph. outputs: how many tokens' logits (0: none, only the cache is filled; then None)."""
+        c = self.config
+        x = self._look_up(inputs.ids)
+        if c.gemma:
+            x = self._node("scale", x, math.sqrt(c.width))
+        for layer in range(c.layers):
+            last = layer == c.layers - 1
+            attended = self._attention(layer, self._norm(x, f"blk.{layer}.attn_norm"), inputs, cache, last and not outputs)
+            if attended is None:
+                return None
+            if last and outputs < self.tokens:
+                chosen = self._node("view_1d", inputs.outputs, outputs, 0)
+                attended, x = self._node("get_rows", attended, chosen), self._node("get_rows", x, chosen)
+            if c.post_norms:
+                attended = self._norm(attended, f"blk.{layer}.post_attention_norm")
+            x = self._node("add", attended, x)
+            fed = self._feed_forward(layer, self._norm(x, f"blk.{layer}.ffn_norm"))
+            if c.post_norms:
+                fed = self._norm(fed, f"blk.{layer}.post_ffw_norm")
+            x = self._node("add", fed, x)
+        logits = self._linear(self.network.head, self._norm(x, "output_norm"))
+        if c.final_cap:
+            capped = self._node("tanh", self._node("scale", logits, 1 / c.final_cap))
+            logits = self._node("scale", capped, c.final_cap)
+        self.lib.set_output(logits)
+        self.lib.build_forward_expand(self.graph, logits)
+        return logits
+
+    def _look_up(self, ids: Tensor) -> Tensor:
+        if TABLE in self.network.programs:
+            return self._contract(TABLE, ids, self.tokens)
+        return self._node("get_rows", self.weights.plain(f"{TABLE}.weight"), ids)
+
+    def _attention(self, layer: int, x: Tensor, inputs: Inputs, cache: Cache, fill_only: bool) -> Tensor | None:
+        c, lib, name = self.config, self.lib, f"blk.{layer}."
+        query = self._heads(self._linear(f"{name}attn_q", x), c.heads)
+        key = self._heads(self._linear(f"{name}attn_k", x), c.kv_heads)
+        value = self._heads(self._linear(f"{name}attn_v", x), c.kv_heads)
+        if c.normed_heads:
+            query, key = self._norm(query, f"{name}attn_q_norm"), self._norm(key, f"{name}attn_k_norm")
+        local = c.local(layer)
+        query, key = self._rotate(query, inputs, local), self._rotate(key, inputs, local)
+        scale = c.attention_scale
+        if c.gemma:
+            query, scale = self._node("scale", query, scale), 1.0
+        for tensor in (query, value, key):
+            lib.build_forward_expand(self.graph, tensor)
+        self._store(cache, layer, key, value, inputs)
+        if fill_only:
+            return None
+        keys, values = self._stored(cache, layer)
+        mask_source = inputs.local_mask if local else inputs.mask
+        assert mask_source is not None
+        mask_row = self.seen * (2 if cache.flash else 4)
+        mask = self._node("view_2d", mask_source, self.seen, self.tokens, mask_row, 0)
+        query = self._node("permute", query, 0, 2, 1, 3)
+        if cache.flash:
+            y = self._node("flash_attn_ext", query, keys, values, mask, scale, 0.0, c.attention_cap)
+            lib.prec_set_acc(y, PREC_F32)
+            y = self._sized(y, c.heads * c.head, self.tokens)
+        else:
+            scores = self._node("mul_mat", keys, query)
+            lib.prec_set_acc(scores, PREC_F32)
+            if c.attention_cap:
+                scores = self._node("tanh", self._node("scale", scores, 1 / c.attention_cap))
+                scores = self._node("scale", scores, c.attention_cap)
+            scores = self._node("soft_max_ext", scores, mask, scale, 0.0)
+            y = self._node("permute", self._node("mul_mat", values, scores), 0, 2, 1, 3)
+            y = self._node("cont_2d", y, c.heads * c.head, self.tokens)
+        lib.build_forward_expand(self.graph, y)
+        return self._linear(f"{name}attn_output", y)
+
+    def _store(self, cache: Cache, layer: int, key: Tensor, value: Tensor, inputs: Inputs) -> None:
+        width = self.config.kv_width
+        stored = [self._node("set_rows", cache.keys[layer], self._sized(key, width, self.tokens), inputs.places)]
+        if cache.flash:
+            stored.append(self._node("set_rows", cache.values[layer], self._sized(value, width, self.tokens), inputs.places))
+        else:  # every number is a row of its own
+            flat = self._sized(cache.values[layer], 1, width * cache.capacity)
+            assert inputs.value_places is not None
+            stored.append(self._node("set_rows", flat, self._sized(value, 1, width * self.tokens), inputs.value_places))
+        for tensor in stored:
+            self.lib.build_forward_expand(self.graph, tensor)
+
+    def _stored(self, cache: Cache, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys (head, seen, kv heads); values the same with flash attention, else (seen, head, kv heads)."""
+        c, keys, values = self.config, cache.keys[layer], cache.values[layer]
+        kind = kind_of(keys)
+        head, row = self.lib.row_size(kind, c.head), strides(keys)[1]
+        viewed = self._node("view_3d", keys, c.head, self.seen, c.kv_heads, row, head, 0)
+        if cache.flash:
+            return viewed, self._node("view_3d", values, c.head, self.seen, c.kv_heads, row, head, 0)
+        step = self.lib.row_size(kind_of(values), cache.capacity)
+        return viewed, self._node("view_3d", values, self.seen, c.head, c.kv_heads, step, step * c.head, 0)
+
+    def _feed_forward(self, layer: int, x: Tensor) -> Tensor:
+        up, gate = self._linear(f"blk.{layer}.ffn_up", x), self._linear(f"blk.{layer}.ffn_gate", x)
+        gated = self._node("geglu_split" if self.config.gemma else "swiglu_split", gate, up)
+        return self._linear(f"blk.{layer}.ffn_down", gated)
+
+    def _linear(self, name: str, x: Tensor) -> Tensor:
+        """y (out, T) of x (in, T), with the bias that the file has."""
+        if name in self.network.programs:
+            y = self._contract(name, x, sizes(x)[1])
+        else:
+            y = self._node("mul_mat", self.weights.product(f"{name}.weight"), x)
+        if f"{name}.bias" in self.network.tensors:
+            y = self._node("add", y, self.weights.plain(f"{name}.bias"))
+        return y
+
+    def _contract(self, name: str, x: Tensor, tokens: int) -> Tensor:
+        program = self.network.programs[name]
+        cores = NamedCores(self.weights, program.cores)
+        return lower(self.lib, self.context.pointer, program.contraction, cores, x, tokens)
+
+    def _rotate(self, x: Tensor, inputs: Inputs, local: bool) -> Tensor:
+        c = self.config
+        base, scale = (c.rope_base_local, c.rope_scale_local) if local else (c.rope_base, c.rope_scale)
+        divisors = self.weights.plain(ROPE_FREQS) if ROPE_FREQS in self.network.tensors else None
+        yarn = (0.0, 1.0, 32.0, 1.0)  # off
+        return self._node("rope_ext", x, inputs.positions, divisors, c.head, c.rope, c.context, base, scale, *yarn)
+
+    def _norm(self, x: Tensor, name: str) -> Tensor:
+        return self._node("mul", self._node("rms_norm", x, self.config.epsilon), self.weights.plain(f"{name}.weight"))
+
+    def _heads(self, x: Tensor, heads: int) -> Tensor:
+        return self._sized(x, self.config.head, heads, self.tokens)
+
+    def _sized(self, x: Tensor, *ne: int) -> Tensor:
+        return self._node("reshape_4d", x, *padded(ne))
+
+    def _node(self, name: str, *arguments: float | None) -> Tensor:
+        make: Callable[..., Tensor] = getattr(self.lib, name)
+        return make(self.context.pointer, *arguments)
+
+

@@ -1,0 +1,230 @@
+"""A loaded network with its cache: prefill in chunks, then token by token, graphs reused.
+
+Attention reads the cache in steps of `BUCKET` positions; one graph serves a whole step, and per token only the id, its
+place and one element of the mask are written. Graphs for chunks are built when a chunk of that size comes. The cache
+is made for what a run needs and grows by making a new one: a context of 131,072 positions is not paid for by a
+question of twenty words.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgec.errors import NumericsError, UsageError
+from edgec.runtime.ggml.forward import Cache, Forward, Inputs, Network
+from edgec.runtime.ggml.library import F16, F32, I32, I64, Q8_0
+from edgec.runtime.ggml.tensors import Allocator, Buffer, Context, Device, Tensor
+from edgec.runtime.ggml.weights import Weights
+from edgec.runtime.interfaces import Floats
+
+BUCKET = 256
+"""Positions by which the part of the cache that attention reads grows."""
+CHUNK = 128
+"""Most tokens of one prefill graph: larger ones were no faster, and their activations take memory."""
+_KEPT_GRAPHS = 6
+CACHE_KINDS = {"f16": F16, "q8_0": Q8_0}
+
+
+@dataclass(frozen=True)
+class _Built:
+    """A graph with its memory: outputs tokens' logits. generation: of the allocator that placed it."""
+
+    context: Context
+    graph: int
+    logits: Tensor | None
+    outputs: int
+    generation: int
+
+
+class _Feed:
+    """Input tensors for graphs of `tokens` tokens, in memory of their own, so that their contents stay."""
+
+    def __init__(self, device: Device, network: Network, tokens: int, capacity: int, flash: bool) -> None:
+        self.device, self.tokens, self.window = device, tokens, network.config.window
+        self._mask_dtype = np.float16 if flash else np.float32
+        mask_kind = F16 if flash else F32
+        self._context = context = Context(device.lib, 8)
+        width = network.config.kv_width
+        self.inputs = Inputs(
+            ids=context.new(I32, tokens),
+            positions=context.new(I32, tokens),
+            places=context.new(I64, tokens),
+            mask=context.new(mask_kind, tokens * capacity),
+            outputs=context.new(I32, tokens),
+            local_mask=context.new(mask_kind, tokens * capacity) if self.window else None,
+            value_places=None if flash else context.new(I64, tokens * width),
+        )
+        self._strides = np.arange(width, dtype=np.int64)[None, :] * capacity
+        self._buffer = device.allocate(context, "the inputs")
+        self._seen: tuple[int, int] | None = None
+        self._open, self._shut = np.zeros(1, self._mask_dtype), np.full(1, -np.inf, self._mask_dtype)
+
+    def fill(self, ids: NDArray[np.int32], start: int, seen: int) -> None:
+        """Tokens at positions start … of which attention reads `seen` cache positions."""
+        write, inputs = self.device.write, self.inputs
+        positions = np.arange(start, start + len(ids), dtype=np.int64)
+        write(inputs.ids, ids)
+        write(inputs.positions, positions.astype(np.int32))
+        write(inputs.places, positions)
+        if inputs.value_places is not None:
+            write(inputs.value_places, np.ascontiguousarray(positions[:, None] + self._strides))
+        if self._seen == (start - 1, seen) and self.tokens == 1:
+            self._step(start)
+        else:
+            self._masks(positions, seen)
+        self._seen = (start, seen)
+
+    def choose(self, rows: NDArray[np.int32]) -> None:
+        """Rows whose logits are wanted."""
+        self.device.write(self.inputs.outputs, rows)
+
+    def _step(self, position: int) -> None:
+        """The mask of the next token: one more position is open, and one leaves the window."""
+        size = self._open.itemsize
+        self.device.write(self.inputs.mask, self._open, position * size)
+        if self.inputs.local_mask is not None:
+            self.device.write(self.inputs.local_mask, self._open, position * size)
+            if position >= self.window:
+                self.device.write(self.inputs.local_mask, self._shut, (position - self.window) * size)
+
+    def _masks(self, positions: NDArray[np.int64], seen: int) -> None:
+        keys = np.arange(seen)[None, :]
+        hidden = keys > positions[:, None]
+        self.device.write(self.inputs.mask, self._mask(hidden))
+        if self.inputs.local_mask is not None:
+            self.device.write(self.inputs.local_mask, self._mask(hidden | (positions[:, None] - keys >= self.window)))
+
+    def _mask(self, hidden: NDArray[np.bool_]) -> NDArray[np.float16] | NDArray[np.float32]:
+        return np.where(hidden, self._shut, self._open)
+
+
+class Session:
+    """One sequence at a time. After an error its cache holds nothing."""
+
+    def __init__(
+        self,
+        device: Device,
+        network: Network,
+        weights: Weights,
+        *,
+        flash: bool = True,
+        cache: str = "f16",
+        chunk: int = CHUNK,
+    ) -> None:
+        """cache: "f16", or "q8_0" (half the bytes; needs flash attention). chunk: most tokens of one graph."""
+        if cache not in CACHE_KINDS or (cache == "q8_0" and not flash):
+            raise UsageError(f"the KV cache can be {', '.join(CACHE_KINDS)}, q8_0 with flash attention; got {cache!r}")
+        if cache == "q8_0" and network.config.head % 32:
+            raise UsageError(f"a q8_0 KV cache needs heads of a multiple of 32, this model has {network.config.head}")
+        if chunk < 1:
+            raise UsageError(f"chunk must be at least 1 token, got {chunk}")
+        self.device, self.network, self.weights = device, network, weights
+        self.flash, self.kind, self.chunk = flash, CACHE_KINDS[cache], chunk
+        self.position = 0
+        self._cache: Cache | None = None
+        self._owned: tuple[Context, Buffer] | None = None
+        self._feeds: dict[int, _Feed] = {}
+        self._graphs: OrderedDict[tuple[int, int, int], _Built] = OrderedDict()
+        self._allocator = Allocator(device)
+        self._logits = np.empty(network.config.vocab, np.float32)
+
+    @property
+    def cache_bytes(self) -> int:
+        return self._owned[1].nbytes if self._owned else 0
+
+    def start(self, positions: int) -> None:
+        """Forget everything and make room for this many positions."""
+        self.position = 0
+        capacity = -(-positions // BUCKET) * BUCKET
+        if self._cache is not None and self._cache.capacity >= capacity:
+            return
+        self._graphs.clear()
+        self._feeds.clear()
+        self._cache = self._owned = None
+        config = self.network.config
+        context = Context(self.device.lib, 2 * config.layers)
+        keys = tuple(context.new(self.kind, config.kv_width, capacity) for _ in range(config.layers))
+        shape = (config.kv_width, capacity) if self.flash else (capacity, config.kv_width)
+        values = tuple(context.new(self.kind, *shape) for _ in range(config.layers))
+        buffer = self.device.allocate(context, f"a KV cache of {capacity} positions")
+        buffer.clear()  # masked positions are multiplied by zero, and NaN times zero is NaN
+        self._owned, self._cache = (context, buffer), Cache(keys, values, capacity, self.flash)
+
+    def prefill(self, ids: Sequence[int]) -> Floats:
+        """Tokens at the next positions → logits [V] of the last one (a view that the next call overwrites)."""
+        whole = np.asarray(ids, np.int32)
+        for at in range(0, len(whole), self.chunk):
+            part = whole[at : at + self.chunk]
+            final = at + len(part) == len(whole)
+            self._run(part, self._logits if final else None)
+        return self._checked(self._logits)
+
+    def every(self, ids: Sequence[int]) -> Floats:
+        """Tokens at the next positions → logits [T, V] of all of them."""
+        whole = np.asarray(ids, np.int32)
+        found = np.empty((len(whole), self.network.config.vocab), np.float32)
+        for at in range(0, len(whole), self.chunk):
+            part = whole[at : at + self.chunk]
+            self._run(part, found[at : at + len(part)])
+        return self._checked(found)
+
+    def step(self, token: int) -> Floats:
+        """One token at the next position → logits [V] (a view that the next call overwrites)."""
+        self._run(np.array([token], np.int32), self._logits)
+        return self._logits
+
+    def _run(self, ids: NDArray[np.int32], out: Floats | None) -> None:
+        tokens, start = len(ids), self.position
+        cache = self._cache
+        if cache is None or start + tokens > cache.capacity:
+            raise UsageError(f"{start + tokens} positions; the session was started for less")
+        seen = -(-(start + tokens) // BUCKET) * BUCKET
+        outputs = 0 if out is None else max(1, out.size // self.network.config.vocab)
+        feed = self._feeds.get(tokens)
+        if feed is None:
+            feed = _Feed(self.device, self.network, tokens, cache.capacity, self.flash)
+            if len(self._feeds) >= _KEPT_GRAPHS:
+                self._forget()
+            self._feeds[tokens] = feed
+        built = self._graph(feed, tokens, seen, outputs, cache)
+        feed.fill(ids, start, seen)
+        if 0 < outputs < tokens:
+            feed.choose(np.arange(tokens - outputs, tokens, dtype=np.int32))
+        self.position = 0  # until the cache is whole again
+        self.device.compute(built.graph)
+        self.position = start + tokens
+        if out is not None and built.logits is not None:
+            self.device.read(built.logits, out)
+
+    def _graph(self, feed: _Feed, tokens: int, seen: int, outputs: int, cache: Cache) -> _Built:
+        key = (tokens, seen, outputs)
+        built = self._graphs.get(key)
+        if built is not None and built.generation == self._allocator.generation:
+            self._graphs.move_to_end(key)
+            return built
+        nodes = self.network.nodes()
+        context = Context(self.device.lib, nodes, nodes)
+        forward = Forward(self.device.lib, self.network, self.weights, context, tokens, seen)
+        logits = forward.build(feed.inputs, cache, outputs)
+        self.device.require(forward.graph)
+        self._allocator.place(forward.graph)
+        built = _Built(context, forward.graph, logits, outputs, self._allocator.generation)
+        self._graphs[key] = built
+        while len(self._graphs) > _KEPT_GRAPHS:
+            self._graphs.popitem(last=False)
+        return built
+
+    def _forget(self) -> None:
+        """Graphs and their inputs, all of them: prompts of many lengths came."""
+        self._graphs.clear()
+        self._feeds.clear()
+
+    def _checked(self, logits: Floats) -> Floats:
+        if not np.isfinite(logits).all():
+            raise NumericsError("the model answered NaN or Inf; its file is damaged")
+        return logits
