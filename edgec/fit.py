@@ -19,8 +19,9 @@ from edgec import decompose
 from edgec.contraction import Contraction, Gather, core_shapes, dense, quantisable, walk
 from edgec.errors import NumericsError, PlanError
 from edgec.moments import SecondMoment
-from edgec.quantize import gptq, rtn
+from edgec.quantize import ggml, gptq, rtn
 from edgec.quantize.formats import BACKBONE, CoreFormat, LayerFormat, PairFormat, QuantizedTensor, storable
+from edgec.quantize.ggml_formats import GgmlFormat
 from edgec.records import Spec
 
 Core = NDArray[Any] | QuantizedTensor
@@ -96,8 +97,7 @@ def fit(
     def finish(name: str, core: NDArray[Any], core_moment: SecondMoment | None) -> NDArray[Any]:
         own = formats[name]
         if own.quantised:
-            method = rtn if core_moment is None else gptq
-            quantised: QuantizedTensor = method.quantize(core, own, core_moment)
+            quantised = _quantised(core, own, core_moment)
             cores[name] = quantised
             return quantised.dequantize()
         stored = np.ascontiguousarray(storable(core) if own.bits == 16 else core.astype(np.float32))
@@ -109,6 +109,14 @@ def fit(
     else:
         decompose.get(spec.kind).factorize(weight, spec, moment, finish)
     return Factors(contraction, cores)
+
+
+def _quantised(core: NDArray[Any], fmt: CoreFormat, moment: SecondMoment | None) -> QuantizedTensor:
+    if isinstance(fmt, GgmlFormat):
+        return ggml.quantize(core, fmt, moment)
+    method = rtn if moment is None else gptq
+    result: QuantizedTensor = method.quantize(core, fmt, moment)
+    return result
 
 
 def core_formats(contraction: Contraction, fmt: LayerFormat) -> dict[str, CoreFormat]:

@@ -141,7 +141,8 @@ class Target:
     dense_formats, factored_formats, embedding_formats: core formats by role, best quality first; default_format what
     a uniform plan uses when it names none. residual_formats: pairs "backbone+correction". rank_multiple: bond
     dimensions are multiples of it. k_multiple: a quantised matmul's inner dimension must be a multiple of it (1:
-    any). accuracy_level: MatMulNBits attribute; 4 computes in int8.
+    any). accuracy_level: MatMulNBits attribute; 4 computes in int8. artifact: what is written, by the name of a file
+    in `edgec/export/artifacts/`.
     """
 
     name: str
@@ -156,6 +157,7 @@ class Target:
     accuracy_level: int = 4
     residual_formats: tuple[str, ...] = ()
     rotated_formats: tuple[str, ...] = ()
+    artifact: str = "onnx"
 
     def formats_of(self, kind: str) -> tuple[str, ...]:
         """Names of the formats that a matrix decomposed in this way may have."""

@@ -1,7 +1,7 @@
 """The Compressed folder: factors in safetensors, config, tokenizer, plan; `load` gives back a transformers model.
 
-Names: `<layer>.cores.<core>` for floats; `….codes` (packed, uint8), `….scales` and `….zero_points` for quantised ones.
-Everything that was not replaced keeps its name. A head that shares its table's cores stores nothing of its own.
+Names: `<layer>.cores.<core>` for floats; `….codes` (packed, uint8), `….scales` and `….zero_points` for quantised ones,
+`….blocks` for ggml's own types. Everything that was not replaced keeps its name. A head that shares its table's cores stores nothing of its own.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ from edgec.checkpoint import Checkpoint, open_checkpoint
 from edgec.companions import copy_companions
 from edgec.compress.apply import apply_factors
 from edgec.contraction import core_shapes
-from edgec.errors import CheckpointError
+from edgec.errors import CheckpointError, PlanError
 from edgec.fit import Core, Factors, contraction_of, core_formats
 from edgec.outputs import staged_folder
 from edgec.quantize.formats import CoreFormat, LayerFormat, QuantizedTensor, unpack_bits
+from edgec.quantize.ggml_formats import GgmlFormat, GgmlTensor
 from edgec.records import Choice, Plan, as_dict
 
 COMPRESSED_VERSION = 1
@@ -188,6 +189,8 @@ def densify(compressed: Compressed, out: Path) -> Checkpoint:
 def _tensors(key: str, stored: Core) -> dict[str, NDArray[Any]]:
     if not isinstance(stored, QuantizedTensor):
         return {key: np.ascontiguousarray(stored)}
+    if isinstance(stored, GgmlTensor):
+        return {f"{key}.blocks": stored.codes}
     tensors = {f"{key}.codes": stored.packed().reshape(stored.shape[0], -1), f"{key}.scales": stored.scales}
     if (zero_points := stored.packed_zero_points()) is not None:
         tensors[f"{key}.zero_points"] = zero_points
@@ -201,6 +204,8 @@ def _core(checkpoint: Checkpoint, key: str, shape: tuple[int, ...], fmt: CoreFor
             raise CheckpointError(f"{checkpoint.folder}: {key!r} is {core.shape}, the plan makes it {shape}")
         return np.array(core)
     try:
+        if isinstance(fmt, GgmlFormat):
+            return GgmlTensor.of(fmt, (shape[0], shape[1]), np.array(checkpoint.read(f"{key}.blocks")))
         codes, scales = np.array(checkpoint.read(f"{key}.codes")), np.array(checkpoint.read(f"{key}.scales"))
         n, k = shape
         blocks = fmt.blocks(k)
@@ -217,4 +222,6 @@ def _core(checkpoint: Checkpoint, key: str, shape: tuple[int, ...], fmt: CoreFor
             zero_points = unpack_bits(np.array(checkpoint.read(f"{key}.zero_points")), fmt.bits, blocks)
     except KeyError as error:
         raise CheckpointError(f"{checkpoint.folder}: tensor {error.args[0]!r} is missing") from error
+    except PlanError as error:
+        raise CheckpointError(f"{checkpoint.folder}: {key!r}: {error}") from error
     return QuantizedTensor(fmt, (n, k), unpack_bits(codes, fmt.bits, blocks * fmt.block), scales, zero_points)

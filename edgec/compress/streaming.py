@@ -17,6 +17,7 @@ from __future__ import annotations
 import logging
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -126,12 +127,12 @@ def fit_by_rows(choice: Choice, weight: Array, moment: SecondMoment | None) -> F
         assert isinstance(core, QuantizedTensor)
         parts.append(core)
     points = [p.zero_points for p in parts if p.zero_points is not None]
-    whole = QuantizedTensor(
-        parts[0].fmt,
-        (int(weight.shape[0]), int(weight.shape[1])),
-        np.concatenate([p.codes for p in parts]),
-        storable_scales(np.concatenate([p.scales.astype(np.float32) for p in parts])),
-        np.concatenate(points) if points else None,
+    whole = replace(
+        parts[0],
+        shape=(int(weight.shape[0]), int(weight.shape[1])),
+        codes=np.concatenate([p.codes for p in parts]),
+        scales=storable_scales(np.concatenate([p.scales.astype(np.float32) for p in parts])),
+        zero_points=np.concatenate(points) if points else None,
     )
     return Factors(contraction_of(choice.spec, whole.shape, choice.role), {"weight": whole})
 
@@ -147,8 +148,8 @@ def _rows(core: Core, ids: NDArray[np.int64]) -> NDArray[np.float32]:
     if not isinstance(core, QuantizedTensor):
         return np.asarray(core[ids], np.float32)
     points = None if core.zero_points is None else core.zero_points[ids]
-    return QuantizedTensor(
-        core.fmt, (len(ids), core.shape[1]), core.codes[ids], core.scales[ids], points
+    return replace(
+        core, shape=(len(ids), core.shape[1]), codes=core.codes[ids], scales=core.scales[ids], zero_points=points
     ).dequantize()
 
 

@@ -24,6 +24,7 @@ from edgec.contraction import Contraction, Gather, walk
 from edgec.fit import Core, Factors
 from edgec.modeling import block_list
 from edgec.quantize.formats import QuantizedTensor, storable, storable_scales
+from edgec.quantize.ggml_formats import GgmlTensor
 
 _CODE_RATE = 0.01
 """Learning rate of a code [codes per step of Adam]: three hundred steps can move it by a few codes."""
@@ -146,8 +147,8 @@ class FloatCore(nn.Module):
 
 
 class FixedCore(nn.Module):
-    """A core that stays as it is: a table that is only looked up. Its rows would cost more time than all matrices,
-    and most of them are not met once in a run.
+    """A core that stays as it is: one of ggml's own types, or a table that is only looked up, whose rows would cost
+    more time than all matrices, and most of them are not met once in a run.
     """
 
     values: Tensor
@@ -272,6 +273,8 @@ def _looked_up(contraction: Contraction) -> set[str]:
 
 
 def _trainable(stored: Core, lora_rank: int) -> AnyCore:
+    if isinstance(stored, GgmlTensor):  # scales of scales, and lattices: no step moves them by a little
+        return FixedCore(stored)
     if isinstance(stored, QuantizedTensor):
         return QuantisedCore(stored, lora_rank)
     return FloatCore(stored)

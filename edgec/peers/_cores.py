@@ -13,6 +13,7 @@ from edgec.fit import fit, stored_bytes
 from edgec.moments import SecondMoment
 from edgec.peers import Peer, Replacement
 from edgec.quantize.formats import FAST_BLOCKS, CoreFormat
+from edgec.quantize.ggml_formats import GgmlFormat
 from edgec.records import Spec, Target
 
 _SIMULATED = ("int3-b32", "int3-b64", "int3-b128")
@@ -24,7 +25,8 @@ _ZERO_POINTS_UP_TO = 4
 
 def dense_formats(target: Target) -> Iterator[CoreFormat]:
     """Every dense format that the target executes, then each with zero points."""
-    found = [CoreFormat.parse(name) for name in target.dense_formats]
+    parsed = [CoreFormat.parse(name) for name in target.dense_formats]
+    found = [f for f in parsed if not isinstance(f, GgmlFormat)]  # those are peers of their own family
     yield from found
     yield from (replace(f, zero_points=True) for f in found if f.bits <= _ZERO_POINTS_UP_TO and not f.zero_points)
 

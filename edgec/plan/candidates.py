@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from edgec import decompose
 from edgec.contraction import Gather, core_shapes, quantisable, walk
 from edgec.fit import contraction_of, core_formats
-from edgec.quantize.formats import CoreFormat, LayerFormat
+from edgec.quantize.formats import BACKBONE, CoreFormat, LayerFormat
+from edgec.quantize.ggml_formats import GgmlFormat
 from edgec.records import Spec, Target
 
 RATIOS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -47,7 +48,11 @@ def candidates(
                 for spec in decompose.get(kind).suggest(*shape, ratio, target.rank_multiple) if allowed else ():
                     if spec.kind != "dense":
                         found += [(spec, LayerFormat.parse(name)) for name in allowed]
-    usable = [c for c in dict.fromkeys(found) if any(executable(t, role, shape, *c, tied=tied) for t in targets)]
+    usable = [
+        c
+        for c in dict.fromkeys(found)
+        if native(c[1], shape) and any(executable(t, role, shape, *c, tied=tied) for t in targets)
+    ]
     # Floats run no low-bit kernel: they are for layers that nothing else fits on one of the targets.
     floats = any(not any(c[1].quantised and executable(t, role, shape, *c, tied=tied) for c in usable) for t in targets)
     return usable if floats else [c for c in usable if c[1].quantised]
@@ -65,14 +70,27 @@ def executable(
         return _factored_table_executable(target, shape, spec, fmt)
     if role == "embedding" or (tied and spec.kind == "dense"):
         multiplied = role == "embedding" or str(fmt) in target.dense_formats
-        return str(fmt) in target.embedding_formats and multiplied and shape[1] % fmt.of("weight").block == 0
+        own = fmt.of("weight")
+        fits = isinstance(own, GgmlFormat) or shape[1] % own.block == 0
+        return str(fmt) in target.embedding_formats and multiplied and fits
     if str(fmt) not in target.formats_of(spec.kind):
         return False
     contraction = contraction_of(spec, shape, role)
     inner = {name: s[-1] for name, s in core_shapes(contraction).items() if name in quantisable(contraction)}
-    return all(k >= fmt.of(core).block and k % target.k_multiple == 0 for core, k in inner.items()) and all(
+    return all(_fits(target, fmt.of(core), k) for core, k in inner.items()) and all(
         rank % target.rank_multiple == 0 for rank in spec.ranks
     )
+
+
+def _fits(target: Target, fmt: CoreFormat, k: int) -> bool:
+    """Does an inner dimension suit a core's format? A ggml type has its fallback for rows that do not divide."""
+    return (isinstance(fmt, GgmlFormat) or k >= fmt.block) and k % target.k_multiple == 0
+
+
+def native(fmt: LayerFormat, shape: tuple[int, int]) -> bool:
+    """Is no ggml type in it replaced by its fallback? The fallbacks are offered under their own names."""
+    own = fmt.of(BACKBONE)
+    return not isinstance(own, GgmlFormat) or own.divides(shape[1])
 
 
 def _factored_tables(shape: tuple[int, int], multiple: int) -> list[tuple[Spec, LayerFormat]]:

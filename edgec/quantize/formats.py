@@ -98,16 +98,21 @@ class CoreFormat(LayerFormat):
 
     @classmethod
     def parse(cls, name: str) -> CoreFormat:
-        """From a name such as "fp32", "int8-b32", "int4-b64-zp". Raises PlanError."""
+        """From a name such as "fp32", "int8-b32", "int4-b64-zp", "q4_k". Raises PlanError."""
         if name in _FLOATS:
             return cls(bits=8 * _FLOATS[name])
         if name == _FP8:
             return cls(bits=8, block=_FP8_BLOCK, fp8=True)
+        from edgec.quantize.ggml_formats import GgmlFormat  # which is built on this class
+
+        if (ggml := GgmlFormat.named(name)) is not None:
+            return ggml
         match = _NAME.fullmatch(name)
         if not match or int(match[2]) not in FAST_BLOCKS:
             raise PlanError(
                 f"unknown core format {name!r}; expected fp32, fp16, or int2|int4|int8 with -b16, -b32, -b64, -b128 "
-                "or -b256, optionally followed by -zp (for example int4-b32); int3-… and fp8-e4m3 are simulated"
+                "or -b256, optionally followed by -zp (for example int4-b32), or a ggml type (q4_k, iq3_xxs); int3-… "
+                "and fp8-e4m3 are simulated"
             )
         return cls(bits=int(match[1]), block=int(match[2]), zero_points=bool(match[3]))
 

@@ -13,11 +13,9 @@ from edgec.errors import NumericsError, RuntimeUnavailableError
 from edgec.export.targets import get_target
 from edgec.moments import SecondMoment
 from edgec.peers import ggml
+from edgec.quantize.ggml_formats import real_type
 
 TARGET = get_target("onnx-x64")
-BLOCKS = {"Q8_0": 32, "Q5_0": 32, "Q5_1": 32, "Q4_0": 32, "IQ4_NL": 32, "F16": 1} | dict.fromkeys(
-    ("Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K", "IQ4_XS", "IQ3_S", "IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_S"), 256
-)
 
 
 @pytest.fixture
@@ -45,13 +43,13 @@ def library() -> ggml.Ggml:
     ],
 )
 def test_rows_that_do_not_fit_fall_back_as_in_llama_quantize(wanted: str, width: int, real: str) -> None:
-    assert ggml.real_type(wanted, width, BLOCKS) == real
+    assert real_type(wanted, width) == real
 
 
 def test_without_the_package_the_reason_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     ggml.library.cache_clear()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(RuntimeUnavailableError, match="pip install llama-cpp-python"):
+    with pytest.raises(RuntimeUnavailableError, match="edgec\\[gguf\\]"):
         ggml.peers(TARGET, ())
     ggml.library.cache_clear()
 
@@ -69,8 +67,9 @@ def test_another_library_is_refused(tmp_path: Path) -> None:
 def test_q8_0_is_read_as_its_definition_says(library: ggml.Ggml) -> None:
     """Blocks of 32: one fp16 scale max|w| / 127 and 32 signed bytes; the reference is written here, in numpy."""
     weight = np.random.default_rng(0).standard_normal((8, 64)).astype(np.float32)
-    values, size = library.quantize(weight, "Q8_0", None)
-    assert size == 8 * 2 * 34
+    codes = library.quantize(weight, "Q8_0", None)
+    values = library.dequantize(codes, "Q8_0", (8, 64))
+    assert codes.size == 8 * 2 * 34
     blocks = weight.reshape(8, 2, 32)
     scale = np.abs(blocks).max(-1, keepdims=True) / np.float32(127)
     expected = np.round(blocks / scale) * scale.astype(np.float16).astype(np.float32)
@@ -86,8 +85,9 @@ def test_every_type_has_its_published_size_and_error_falls_with_bits(library: gg
     }  # fmt: skip
     random = np.random.default_rng(1)
     weight = random.standard_normal((16, 512)).astype(np.float32)
-    values, size = library.quantize(weight, name, np.ones(512, np.float32))
-    bits = 8 * size / weight.size
+    codes = library.quantize(weight, name, np.ones(512, np.float32))
+    values = library.dequantize(codes, name, (16, 512))
+    bits = 8 * codes.size / weight.size
     assert bits == published[name]
     error = float(((weight - values) ** 2).mean())
     bound = 2.0 ** (-2 * bits)  # a Gaussian's rate–distortion bound

@@ -4,6 +4,7 @@
 |----------|------|---------------------------|
 | int4-b32 | Q4_0 | fp16 scale, 16 bytes: codes 0–15 in the low nibbles, 16–31 in the high ones; w = (q − 8)·d |
 | int8-b32 | Q8_0 | fp16 scale, 32 signed bytes; w = q·d |
+| q4_k, …  | Q4_K, … | as ggml made it |
 | fp16, fp32 | F16, F32 | – |
 
 So what GPTQ and healing made of a core ships exactly. Zero points (int4-b32-zp → Q4_1) were turned down: Q4_1 stores
@@ -21,6 +22,7 @@ from numpy.typing import NDArray
 from edgec.errors import ExportError
 from edgec.fit import Core
 from edgec.quantize.formats import CoreFormat, QuantizedTensor
+from edgec.quantize.ggml_formats import GgmlTensor
 
 BLOCK = 32
 
@@ -36,6 +38,8 @@ def ggml_type(core: Core) -> str:
         if core.dtype not in (np.float16, np.float32):
             raise ExportError(f"a core of dtype {core.dtype}; GGUF cores are fp16 or fp32")
         return "F16" if core.dtype == np.float16 else "F32"
+    if isinstance(core, GgmlTensor):
+        return core.kind
     found = EXACT.get(str(core.fmt))
     if found is None or core.shape[1] % BLOCK or core.scales.dtype != np.float16:
         raise ExportError(
@@ -48,6 +52,8 @@ def ggml_type(core: Core) -> str:
 def blocks(core: Core) -> NDArray[Any]:
     """A core as the bytes of its type: uint8 [n, row bytes], or the floats themselves. Raises ExportError."""
     kind = ggml_type(core)
+    if isinstance(core, GgmlTensor):
+        return np.ascontiguousarray(core.codes)
     if not isinstance(core, QuantizedTensor):
         return np.ascontiguousarray(core)
     n, k = core.shape
