@@ -10,7 +10,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgec import decompose
-from edgec.contraction import Contraction, MatMul, ReduceSum, Reshape, Scale, Step, Sum, Transpose, core_shapes, evaluate
+from edgec.contraction import (
+    Contraction,
+    MatMul,
+    ReduceSum,
+    Reshape,
+    Scale,
+    Step,
+    Sum,
+    Transpose,
+    core_shapes,
+    evaluate,
+)
 from edgec.fit import contraction_of, fit
 from edgec.quantize.formats import CoreFormat
 from edgec.records import Spec
@@ -27,10 +38,7 @@ def cases(role: str, shapes: list[tuple[int, int]]) -> list[Any]:
     found = []
     for kind in decompose.kinds_of(role):
         for shape in shapes:
-            if kind == "dense":
-                specs = (Spec("dense"),)
-            else:
-                specs = tuple(decompose.get(kind).exact(*shape))
+            specs = (Spec("dense"),) if kind == "dense" else tuple(decompose.get(kind).exact(*shape))
             found += [pytest.param(spec, shape, id=f"{shape[0]}x{shape[1]} {spec}") for spec in specs]
     return found
 

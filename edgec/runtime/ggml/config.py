@@ -100,6 +100,9 @@ def read_config(header: GgufHeader, vocab: int, rope: int | None = None) -> Conf
     scale = _rope_scale(header, name)
     base = header.number(f"{name}.rope.freq_base", 10000.0)
     gemma3 = name == "gemma3"
+    period = header.integer(
+        f"{name}.attention.sliding_window_pattern", _PERIOD.get(name, 1), low=1, high=limits.MAX_LAYERS
+    )
     window = header.integer(f"{name}.attention.sliding_window", 4096 if name == "gemma2" else 0)
     return Config(
         architecture=name,
@@ -121,7 +124,7 @@ def read_config(header: GgufHeader, vocab: int, rope: int | None = None) -> Conf
         attention_cap=header.number(f"{name}.attn_logit_softcapping", 50.0) if name == "gemma2" else 0.0,
         final_cap=_final_cap(header, name),
         window=window if name in _PERIOD else 0,
-        period=header.integer(f"{name}.attention.sliding_window_pattern", _PERIOD.get(name, 1), low=1, high=limits.MAX_LAYERS),
+        period=period,
     )
 
 

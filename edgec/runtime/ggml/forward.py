@@ -7,120 +7,21 @@ are bit for bit its own. Where a layer is factored, its product is a contraction
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from edgec.contraction import BlockMatMul, Contraction, Gather, MatMul, Scale, walk
-from edgec.runtime.ggml.config import Config
 from edgec.runtime.ggml.library import PREC_F32, Library
-from edgec.runtime.ggml.ops import Cores, NamedCores, lower, node_count
+from edgec.runtime.ggml.network import ROPE_FREQS, TABLE, Network
+from edgec.runtime.ggml.ops import Cores, NamedCores, lower
 from edgec.runtime.ggml.tensors import Context, Tensor, kind_of, padded, sizes, strides
-from edgec.runtime.ggml.weights import Use
-
-TABLE, HEAD = "token_embd", "output"
-ROPE_FREQS = "rope_freqs.weight"
-"""Divisors of the rotary frequencies, [head / 2] float32 (Llama 3)."""
-_LINEARS = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
-_NODES_PER_BLOCK = 96
-_NODES_AROUND = 64
-
-
-@dataclass(frozen=True)
-class Program:
-    """A factored layer. cores: name in the contraction → tensor of the file."""
-
-    contraction: Contraction
-    cores: Mapping[str, str]
-
-
-@dataclass(frozen=True)
-class Network:
-    """What the graphs are built from: the config, the file's tensor names, the factored layers by name ("blk.0.attn_q",
-    "token_embd", "output").
-    """
-
-    config: Config
-    tensors: frozenset[str]
-    programs: Mapping[str, Program]
-
-    def linears(self) -> dict[str, tuple[int, int]]:
-        """Every layer that multiplies, with its shape (out, in)."""
-        c = self.config
-        query = c.heads * c.head
-        shapes = dict(
-            zip(
-                _LINEARS,
-                (
-                    (query, c.width),
-                    (c.kv_width, c.width),
-                    (c.kv_width, c.width),
-                    (c.width, query),
-                    (c.ffn, c.width),
-                    (c.ffn, c.width),
-                    (c.width, c.ffn),
-                ),
-                strict=True,
-            )
-        )
-        found = {f"blk.{i}.{name}": shape for i in range(c.layers) for name, shape in shapes.items()}
-        found[self.head] = (c.vocab, c.width)
-        return found
-
-    @property
-    def head(self) -> str:
-        """The layer that makes logits: the table where the file has no head of its own."""
-        return HEAD if HEAD in self.programs or f"{HEAD}.weight" in self.tensors else TABLE
-
-    def vectors(self) -> dict[str, int]:
-        """Norms that must be there, with their sizes, and biases that the file has."""
-        c = self.config
-        block = {"attn_norm": c.width, "ffn_norm": c.width}
-        if c.normed_heads:
-            block |= {"attn_q_norm": c.head, "attn_k_norm": c.head}
-        if c.post_norms:
-            block |= {"post_attention_norm": c.width, "post_ffw_norm": c.width}
-        found = {"output_norm.weight": c.width}
-        found |= {f"blk.{i}.{name}.weight": n for i in range(c.layers) for name, n in block.items()}
-        found |= {f"{n}.bias": s[0] for n, s in self.linears().items() if f"{n}.bias" in self.tensors}
-        if ROPE_FREQS in self.tensors:
-            found[ROPE_FREQS] = c.head // 2
-        return found
-
-    def uses(self) -> dict[str, Use]:
-        """Every tensor that the graphs read, and how."""
-        product, plain = set(), set(self.vectors())
-        for name in self.linears():
-            if name in self.programs:
-                able, rest = _cores(self.programs[name])
-                product |= able
-                plain |= rest
-            else:
-                product.add(f"{name}.weight")
-        if TABLE in self.programs:
-            able, rest = _cores(self.programs[TABLE])
-            product |= able
-            plain |= rest
-        else:
-            plain.add(f"{TABLE}.weight")
-        return {name: Use(name in product, name in plain) for name in sorted(product | plain)}
-
-    def nodes(self) -> int:
-        """Most tensors of one graph."""
-        factored = sum(node_count(program.contraction) for program in self.programs.values())
-        return self.config.layers * _NODES_PER_BLOCK + _NODES_AROUND + factored
-
-
-def _cores(program: Program) -> tuple[set[str], set[str]]:
-    """Tensors that are multiplied with, and the others."""
-    steps = list(walk(program.contraction.steps))
-    able = {program.cores[s.core] for s in steps if isinstance(s, MatMul)}
-    return able, {program.cores[s.core] for s in steps if isinstance(s, BlockMatMul | Gather | Scale)}
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """ids, positions [T] int32; places [T] int64: where in the cache; mask, local_mask: flat, [T · positions] F16 or F32
-    (0 or −inf); value_places [T · kv width] int64 where values lie transposed; outputs [n] int32: whose logits.
+    """What a graph reads.
+
+    ids, positions [T] int32; places [T] int64: where in the cache. mask, local_mask: flat, [T · positions] F16 or F32
+    (0 or −inf). value_places: [T · kv width] int64, where values lie transposed. outputs [n] int32: whose logits.
     """
 
     ids: Tensor
@@ -160,7 +61,9 @@ class Forward:
             x = self._node("scale", x, math.sqrt(c.width))
         for layer in range(c.layers):
             last = layer == c.layers - 1
-            attended = self._attention(layer, self._norm(x, f"blk.{layer}.attn_norm"), inputs, cache, last and not outputs)
+            attended = self._attention(
+                layer, self._norm(x, f"blk.{layer}.attn_norm"), inputs, cache, last and not outputs
+            )
             if attended is None:
                 return None
             if last and outputs < self.tokens:
@@ -229,7 +132,9 @@ class Forward:
         width = self.config.kv_width
         stored = [self._node("set_rows", cache.keys[layer], self._sized(key, width, self.tokens), inputs.places)]
         if cache.flash:
-            stored.append(self._node("set_rows", cache.values[layer], self._sized(value, width, self.tokens), inputs.places))
+            stored.append(
+                self._node("set_rows", cache.values[layer], self._sized(value, width, self.tokens), inputs.places)
+            )
         else:  # every number is a row of its own
             flat = self._sized(cache.values[layer], 1, width * cache.capacity)
             assert inputs.value_places is not None
@@ -287,5 +192,3 @@ class Forward:
     def _node(self, name: str, *arguments: float | None) -> Tensor:
         make: Callable[..., Tensor] = getattr(self.lib, name)
         return make(self.context.pointer, *arguments)
-
-

@@ -10,8 +10,6 @@ out on tensors of known shape before anything else is done.
 from __future__ import annotations
 
 import ctypes
-import importlib.util
-import logging
 import sys
 from ctypes import c_bool, c_char_p, c_float, c_int, c_int64, c_size_t, c_void_p
 from functools import cache
@@ -19,8 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from edgec.errors import RuntimeUnavailableError
-
-logger = logging.getLogger(__name__)
+from edgec.runtime.llama_cpp import import_llama_cpp
 
 FLOOR = "0.3.36"
 """Oldest llama-cpp-python whose ggml this was written against and tested with."""
@@ -163,8 +160,7 @@ class Library:
 @cache
 def library() -> Library:
     """The functions, bound on first use. Raises RuntimeUnavailableError."""
-    import_llama_cpp()
-    folder = Path(str(_package())) / "lib"
+    folder = Path(import_llama_cpp().__file__).parent / "lib"
     names = ["libllama.so", "libllama.dylib", "llama.dll"]
     if sys.platform == "win32":  # there, a lookup does not search dependencies
         names = ["ggml-base.dll", "ggml.dll", "ggml-cpu.dll"]
@@ -175,20 +171,3 @@ def library() -> Library:
         return Library([ctypes.CDLL(str(path)) for path in found])
     except OSError as error:
         raise RuntimeUnavailableError(f"{found[0]} cannot be loaded ({error})") from error
-
-
-def import_llama_cpp() -> Any:
-    """The llama_cpp module. Raises RuntimeUnavailableError."""
-    try:
-        import llama_cpp
-    except (ImportError, OSError, RuntimeError) as error:  # a missing library is a RuntimeError of its loader
-        raise RuntimeUnavailableError(
-            f"llama-cpp-python cannot be imported ({error}); pip install 'edgec[gguf]' (llama-cpp-python ≥ {FLOOR})"
-        ) from error
-    return llama_cpp
-
-
-def _package() -> Path:
-    spec = importlib.util.find_spec("llama_cpp")
-    assert spec is not None and spec.origin is not None  # it was imported a moment ago
-    return Path(spec.origin).parent

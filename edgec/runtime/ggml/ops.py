@@ -59,9 +59,7 @@ class GgmlOps:
         b, _, g, _ = sizes(blocks)
         grouped = self._node("cont", self._node("permute", self._sized(x, (b, g, self.tokens)), 0, 2, 1, 3))
         product = self._node("mul_mat", blocks, grouped)
-        return self._sized(
-            self._node("cont", self._node("permute", product, 0, 2, 1, 3)), (b * g, self.tokens)
-        )
+        return self._sized(self._node("cont", self._node("permute", product, 0, 2, 1, 3)), (b * g, self.tokens))
 
     def scale(self, x: Tensor, core: str) -> Tensor:
         return self._node("mul", x, self.cores.plain(core))

@@ -16,8 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgec.errors import NumericsError, UsageError
-from edgec.runtime.ggml.forward import Cache, Forward, Inputs, Network
+from edgec.runtime.ggml.forward import Cache, Forward, Inputs
 from edgec.runtime.ggml.library import F16, F32, I32, I64, Q8_0
+from edgec.runtime.ggml.network import Network
 from edgec.runtime.ggml.tensors import Allocator, Buffer, Context, Device, Tensor
 from edgec.runtime.ggml.weights import Weights
 from edgec.runtime.interfaces import Floats

@@ -43,7 +43,7 @@ class Context:
         self.lib, self.nodes = lib, nodes
         self.pointer: int = lib.init(InitParams(room + 256, None, True))
         if not self.pointer:
-            raise MemoryError(f"ggml cannot allocate {room} bytes for {tensors} tensors")
+            raise RuntimeUnavailableError(f"ggml cannot allocate {room} bytes for {tensors} tensors")
         weakref.finalize(self, lib.free, self.pointer)
 
     def new(self, kind: int, *ne: int) -> Tensor:
@@ -61,7 +61,7 @@ class Buffer:
 
     def __init__(self, lib: Library, pointer: int | None, what: str) -> None:
         if not pointer:
-            raise MemoryError(f"ggml cannot allocate memory for {what}; close other programs or shorten the context")
+            raise RuntimeUnavailableError(f"there is no memory for {what}; close other programs")
         self.lib, self.pointer = lib, pointer
         self._finalizer = weakref.finalize(self, lib.backend_buffer_free, pointer)
 
@@ -165,7 +165,7 @@ class Allocator:
 
     def place(self, graph: int) -> None:
         if not self.lib.gallocr_alloc_graph(self.pointer, graph):
-            raise MemoryError("ggml cannot allocate memory for activations; lower the chunk or close other programs")
+            raise RuntimeUnavailableError("there is no memory for activations; close other programs")
         if (now := self.lib.gallocr_get_buffer_size(self.pointer, 0)) != self.nbytes:
             self.nbytes, self.generation = now, self.generation + 1
 

@@ -1,0 +1,214 @@
+"""A GGUF file that generates: edgec's factored ones, and dense ones of the same architectures to compare with.
+
+Vocabulary and sampling are llama.cpp's own, through llama_cpp; the blocks are ours. At load a file that carries a
+self-test is asked for the logits that its writer got, so that a device whose kernels are wrong says so at once.
+"""
+
+from __future__ import annotations
+
+import codecs
+import ctypes
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgec.errors import CheckpointError, NumericsError, UsageError, VerificationError
+from edgec.gguf_header import GgufHeader, read_header
+from edgec.runtime.ggml import MODEL_FILE
+from edgec.runtime.ggml.library import CPU
+from edgec.runtime.ggml.network import read_network
+from edgec.runtime.ggml.program import SELFTEST_IDS, SELFTEST_LOGITS, SELFTEST_TOKENS
+from edgec.runtime.ggml.session import CHUNK, Session
+from edgec.runtime.ggml.tensors import Device
+from edgec.runtime.ggml.weights import Weights
+from edgec.runtime.interfaces import CAUSAL_LM, Floats, Ids, Piece
+from edgec.runtime.llama_cpp import Vocabulary, import_llama_cpp, sampler_chain
+from edgec.runtime.options import RuntimeOptions
+
+logger = logging.getLogger(__name__)
+
+SELFTEST_TOLERANCE = 0.1
+"""Largest RMS difference from the self-test's logits, as a share of their standard deviation. Kernels of other CPUs
+round activations otherwise (0.01 was seen between packed and unpacked Q4_0); a weight in a wrong place gives 1."""
+
+_ENDS = tuple(f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom"))
+_SAMPLING = frozenset({"temperature", "top_k", "top_p", "repetition_penalty", "random_seed"})
+
+
+class GgmlModel:
+    """A generator with its tokenizer. Token ids are Python ints; logits are float32."""
+
+    task = CAUSAL_LM
+    runtime = "ggml"
+
+    def __init__(
+        self,
+        folder: Path | str,
+        options: RuntimeOptions | None = None,
+        *,
+        flash: bool = True,
+        cache: str = "f16",
+        chunk: int = CHUNK,
+        pack: bool = True,
+        device: int = CPU,
+        selftest: bool = True,
+    ) -> None:
+        """Loads a folder with `model.factored.gguf`, or one .gguf file.
+
+        flash: flash attention; cache: "f16" or "q8_0"; chunk: most tokens of one prefill graph; pack: weights as the
+        fastest kernels read them; device: `library.CPU` or `library.GPU` (no GPU has been tried yet).
+        Raises CheckpointError, UnsupportedModelError, RuntimeUnavailableError, VerificationError (the self-test).
+        """
+        self.folder = Path(folder)
+        self.path = self.folder / MODEL_FILE if self.folder.is_dir() else self.folder
+        header = read_header(self.path)
+        network = read_network(header)
+        self.device = Device((options or RuntimeOptions()).thread_count(), device)
+        weights = Weights(self.device, header, network.uses(), pack=pack)
+        self.session = Session(self.device, network, weights, flash=flash, cache=cache, chunk=chunk)
+        self.vocab_size, self.context_length = network.config.vocab, network.config.context
+        self._ends = [t for key in _ENDS if (t := _token(header, key, self.vocab_size)) is not None]
+        self._vocabulary: Vocabulary | None = None
+        if selftest:
+            self._test_itself(header)
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """llama.cpp's; opened on first use, because token ids need none."""
+        if self._vocabulary is None:
+            self._vocabulary = Vocabulary(self.path)
+        return self._vocabulary
+
+    def encode(self, text: str) -> list[int]:
+        return self.vocabulary.encode(text)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return b"".join(self.vocabulary.piece(int(i)) for i in ids).decode("utf-8", "replace")
+
+    def generate(
+        self, prompt: str | Sequence[int], max_new_tokens: int = 128, greedy: bool = True, **sampling: Any
+    ) -> Iterator[Piece]:
+        """Streams the continuation of a text or of token ids.
+
+        sampling: temperature, top_k, top_p, repetition_penalty, random_seed; only read when `greedy` is False.
+        """
+        if unknown := sorted(set(sampling) - _SAMPLING):
+            raise UsageError(f"unknown sampling option {unknown[0]!r}; known: {', '.join(sorted(_SAMPLING))}")
+        ids = self.encode(prompt) if isinstance(prompt, str) else [int(i) for i in prompt]
+        self._check(ids, 1)
+        new = min(max_new_tokens, self.context_length - len(ids))
+        return self._stream(ids, new, None if greedy else sampling)
+
+    def _stream(self, ids: list[int], new: int, sampling: dict[str, Any] | None) -> Iterator[Piece]:
+        sampler = _Sampler(self.vocab_size, sampling)
+        ends = {*self._ends, *self.vocabulary.ends()}
+        text = codecs.getincrementaldecoder("utf-8")("replace")
+        self.session.start(len(ids) + new)
+        logits = self.session.prefill(ids)
+        for done in range(new):
+            token = sampler.choose(logits)
+            if token in ends:
+                return
+            yield Piece(token, text.decode(self.vocabulary.piece(token)))
+            if done + 1 < new:
+                logits = self.session.step(token)
+
+    def forced(self, ids: Sequence[int], new_tokens: int) -> Iterator[int]:
+        """Exactly `new_tokens` greedy tokens after `ids`, the end of text suppressed.
+
+        The first token comes after the prefill, each other after one decode step.
+        """
+        flat = [int(i) for i in ids]
+        self._check(flat, new_tokens)
+        self.session.start(len(flat) + new_tokens)
+        logits = self.session.prefill(flat)
+        for done in range(new_tokens):
+            logits[self._ends] = -np.inf
+            token = int(logits.argmax())
+            yield token
+            if done + 1 < new_tokens:
+                logits = self.session.step(token)
+
+    def logits(self, ids: Ids) -> Floats:
+        """Token ids [1, T] or [T] → logits [T, V] float32 of every position."""
+        return np.concatenate(list(self.logits_chunks(ids)))
+
+    def logits_chunks(self, ids: Ids, chunk: int = CHUNK) -> Iterator[Floats]:
+        """The same as an iterator of [≤ chunk, V], for vocabularies whose full [T, V] would not fit in memory."""
+        flat = [int(i) for i in np.asarray(ids).reshape(-1)]
+        self._check(flat, 0)
+        if chunk < 1:
+            raise UsageError(f"chunk must be at least 1 token, got {chunk}")
+        self.session.start(len(flat))
+        for at in range(0, len(flat), chunk):
+            yield self.session.every(flat[at : at + chunk])
+
+    def _check(self, ids: Sequence[int], new_tokens: int) -> None:
+        """Refuses what ggml would answer by ending the process."""
+        if not ids:
+            raise UsageError("the prompt is empty; give at least one token")
+        if new_tokens < 0 or len(ids) + new_tokens > self.context_length:
+            raise UsageError(
+                f"{len(ids)} prompt tokens and {new_tokens} new ones do not fit the context of {self.context_length}"
+            )
+        if bad := [i for i in ids if not 0 <= i < self.vocab_size]:
+            raise UsageError(f"token id {bad[0]} is outside the vocabulary of {self.vocab_size}")
+
+    def _test_itself(self, header: GgufHeader) -> None:
+        """Does this machine compute the logits that the file's writer got? Raises VerificationError."""
+        if SELFTEST_IDS not in header.metadata:
+            return
+        ids, tokens = header.numbers(SELFTEST_IDS), header.numbers(SELFTEST_TOKENS)
+        expected = header.numbers(SELFTEST_LOGITS).astype(np.float64)
+        sound = len(ids) and len(tokens) == len(expected) > 1 and ids.dtype.kind == tokens.dtype.kind == "i"
+        if not sound or min(tokens) < 0 or max(tokens) >= self.vocab_size or not len(ids) <= self.context_length:
+            raise CheckpointError(f"{self.path}: the self-test in its metadata is malformed")
+        try:
+            found = self.logits(ids)[-1][tokens]
+        except (NumericsError, UsageError) as error:
+            raise VerificationError(f"{self.path}: the self-test failed: {error}") from error
+        apart = float(np.sqrt(np.mean((found - expected) ** 2)) / (expected.std() + 1e-12))
+        if not apart <= SELFTEST_TOLERANCE:
+            raise VerificationError(
+                f"{self.path}: logits differ by {apart:.3f} standard deviations from those of its writer, at most "
+                f"{SELFTEST_TOLERANCE} is right; the file is damaged or this build of ggml is wrong here"
+            )
+        logger.debug("%s: self-test passed, %.2g standard deviations", self.path, apart)
+
+
+class _Sampler:
+    """llama.cpp's sampler chain over logits that llama.cpp did not compute."""
+
+    def __init__(self, vocab_size: int, sampling: dict[str, Any] | None) -> None:
+        self._lib = lib = import_llama_cpp()
+        self._greedy = sampling is None
+        self._chain = None if sampling is None else sampler_chain(lib, sampling, vocab_size)
+        self._data = np.zeros(vocab_size, [("id", np.int32), ("logit", np.float32), ("p", np.float32)])
+        self._ids = np.arange(vocab_size, dtype=np.int32)
+
+    def choose(self, logits: Floats) -> int:
+        """The next token of logits [V]."""
+        if self._greedy:
+            return int(logits.argmax())
+        lib, data = self._lib, self._data
+        data["id"], data["logit"], data["p"] = self._ids, logits, 0.0
+        pointer = ctypes.cast(data.ctypes.data, lib.llama_token_data_p)
+        candidates = lib.llama_token_data_array(pointer, len(data), -1, False)
+        lib.llama_sampler_apply(self._chain, ctypes.byref(candidates))
+        if not 0 <= candidates.selected < candidates.size:
+            raise NumericsError("llama.cpp's samplers chose no token; check temperature, top_k and top_p")
+        token = int(candidates.data[candidates.selected].id)
+        lib.llama_sampler_accept(self._chain, token)
+        return token
+
+    def __del__(self) -> None:
+        if getattr(self, "_chain", None) is not None:
+            self._lib.llama_sampler_free(self._chain)
+
+
+def _token(header: GgufHeader, key: str, vocab_size: int) -> int | None:
+    value = header.metadata.get(key)
+    return value if type(value) is int and 0 <= value < vocab_size else None
