@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import onnx
@@ -22,9 +23,11 @@ import transformers
 from numpy.typing import NDArray
 
 from edgec.calibration import Batches
-from edgec.errors import VerificationError
+from edgec.errors import CheckpointError, VerificationError
 from edgec.export.onnx.saving import DATA_FILE, MODEL_FILE
 from edgec.modeling import DECODER_TASK
+from edgec.runtime.artifact import open_artifact
+from edgec.runtime.interfaces import CAUSAL_LM, CausalLM
 from edgec.runtime.options import RuntimeOptions, import_onnxruntime, session_options
 from edgec.runtime.ort_decoder import OrtDecoder
 from edgec.runtime.ort_encoder import OrtEncoder
@@ -52,21 +55,24 @@ class Parity:
 
 def verify_parity(folder: Path, reference: transformers.PreTrainedModel, task: str, batches: Batches) -> Parity:
     """Run the exported folder and the compressed torch model on the same tokens. Raises VerificationError."""
-    inputs = _probe(batches)
+    inputs = probe(batches)
     expected = torch_outputs(reference, task, inputs)
     with float_activations(folder) as plain:
-        error = _relative(onnx_outputs(plain, task, inputs), expected)
-    shipped = _relative(onnx_outputs(folder, task, inputs), expected)
+        error = relative(onnx_outputs(plain, task, inputs), expected)
+    shipped = relative(onnx_outputs(folder, task, inputs), expected)
     if not error <= PARITY_TOLERANCE:
-        raise VerificationError(
-            f"verify: the exported graph differs from the compressed model by {error:.2e} (relative), "
-            f"at most {PARITY_TOLERANCE:.0e} is allowed; this is a fault of edgec or of the runtime, please report it "
-            "with the model's config.json"
-        )
+        raise disagreement("the exported graph", error, PARITY_TOLERANCE)
     return Parity(error, shipped)
 
 
-def _probe(batches: Batches) -> list[dict[str, torch.Tensor]]:
+def disagreement(what: str, error: float, tolerance: float) -> VerificationError:
+    return VerificationError(
+        f"verify: {what} differs from the compressed model by {error:.2e} (relative), at most {tolerance:.0e} is "
+        "allowed; this is a fault of edgec or of the runtime, please report it with the model's config.json"
+    )
+
+
+def probe(batches: Batches) -> list[dict[str, torch.Tensor]]:
     """A few short batches: enough to exercise padding, small enough to be quick."""
     return [{name: tensor[:4, :64] for name, tensor in batch.items()} for batch in batches.items[:2]]
 
@@ -87,11 +93,7 @@ def torch_outputs(
 def onnx_outputs(folder: Path, task: str, inputs: list[dict[str, torch.Tensor]]) -> list[Floats]:
     """The same from an exported folder, through plain onnxruntime."""
     if task == DECODER_TASK:
-        decoder = OrtDecoder(folder)
-        return [
-            np.stack([_padded(decoder.logits(row[: int(mask.sum())].numpy()), len(row)) for row, mask in _rows(batch)])
-            for batch in inputs
-        ]
+        return decoder_outputs(OrtDecoder(folder), inputs)
     session = import_onnxruntime().InferenceSession(
         str(folder / MODEL_FILE), session_options(RuntimeOptions()), ["CPUExecutionProvider"]
     )
@@ -105,7 +107,27 @@ def onnx_outputs(folder: Path, task: str, inputs: list[dict[str, torch.Tensor]])
     return outputs
 
 
-def stacked_logits(decoder: OrtDecoder, ids: NDArray[np.int64]) -> Floats:
+def decoder_of(folder: Path) -> CausalLM | OrtDecoder:
+    """What gives the logits of every position: onnxruntime for its own graphs (genai prunes some heads), else the
+    runtime that claims the folder.
+    """
+    if (folder / "genai_config.json").is_file():
+        return OrtDecoder(folder)
+    opened = open_artifact(folder)
+    if opened.task != CAUSAL_LM:
+        raise CheckpointError(f"{folder} holds a model for {opened.task}, expected a causal LM")
+    return cast(CausalLM, opened)
+
+
+def decoder_outputs(decoder: CausalLM | OrtDecoder, inputs: list[dict[str, torch.Tensor]]) -> list[Floats]:
+    """Logits of every batch, padding rows zeroed: float32 [B, T, V]."""
+    return [
+        np.stack([_padded(decoder.logits(row[: int(mask.sum())].numpy()), len(row)) for row, mask in _rows(batch)])
+        for batch in inputs
+    ]
+
+
+def stacked_logits(decoder: CausalLM | OrtDecoder, ids: NDArray[np.int64]) -> Floats:
     """Token ids [B, T] → logits [B, T, V], a row at a time."""
     return np.stack([decoder.logits(row) for row in ids])
 
@@ -130,7 +152,7 @@ def _padded(values: Floats, length: int) -> Floats:
     return padded
 
 
-def _relative(values: list[Floats], expected: list[Floats]) -> float:
+def relative(values: list[Floats], expected: list[Floats]) -> float:
     difference = sum(float(((v - e).astype(np.float64) ** 2).sum()) for v, e in zip(values, expected, strict=True))
     return float(np.sqrt(difference / sum(float((e.astype(np.float64) ** 2).sum()) for e in expected)))
 
@@ -144,13 +166,20 @@ def float_activations(folder: Path) -> Iterator[Path]:
             for attribute in node.attribute:
                 if attribute.name == "accuracy_level":
                     attribute.i = 0
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name.lstrip('.')}.parity-", dir=folder.parent))
-    try:
+    with temporary_folder(folder) as temporary:
         (temporary / MODEL_FILE).write_bytes(proto.SerializeToString())
         if (folder / DATA_FILE).exists():
             os.link(folder / DATA_FILE, temporary / DATA_FILE)
         if (folder / "genai_config.json").exists():
             shutil.copyfile(folder / "genai_config.json", temporary / "genai_config.json")
+        yield temporary
+
+
+@contextmanager
+def temporary_folder(folder: Path) -> Iterator[Path]:
+    """An empty folder beside `folder`, for copies of its files; it vanishes with the block."""
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name.lstrip('.')}.parity-", dir=folder.parent))
+    try:
         yield temporary
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -17,9 +17,9 @@ from edgec._version import __version__
 from edgec.checkpoint import Checkpoint
 from edgec.compress import store
 from edgec.compress.overlay import write_overlay
-from edgec.errors import BudgetError, UsageError
+from edgec.errors import BudgetError, PlanError, UsageError
 from edgec.export import verify
-from edgec.export.onnx import exporter
+from edgec.export.artifacts import ArtifactKind, Written, kind_of
 from edgec.export.targets import get_target
 from edgec.fit import Factors
 from edgec.heal.settings import HealSettings
@@ -44,7 +44,6 @@ from edgec.plan.planner import Sizes, check_plan, finalists, plan_of
 from edgec.plan.refine import Evaluate, Search, key_of
 from edgec.profile.store import Profile
 from edgec.records import MANIFEST_NAME, MANIFEST_VERSION, Plan, Target, as_dict
-from edgec.runtime.ort_decoder import OrtDecoder
 from edgec.runtime.ort_encoder import OrtEncoder
 from edgec.workspace import Workspace
 
@@ -96,7 +95,7 @@ class _Product:
 
     plan: Plan
     factors: Mapping[str, Factors]
-    written: exporter.Written
+    written: Written
     source: Checkpoint
     healing: Mapping[str, Any] = field(default_factory=dict)
 
@@ -107,10 +106,11 @@ class _Export:
     def __init__(self, request: ExportRequest, target: Target, stage: Path, work: Path, progress: Progress) -> None:
         self.request, self.target, self.stage, self.work, self.progress = request, target, stage, work, progress
         self.workspace = Workspace(request.model, request.calibration)
+        self.kind = kind_of(target)
 
     def run(self, goal: Goal) -> _Product:
         request, workspace = self.request, self.workspace
-        exporter.refuse_unsupported(workspace.checkpoint, workspace.task)
+        self.kind.refuse_unsupported(workspace.checkpoint, workspace.task)
         workspace.require_finite()
         if request.plan is not None:
             made = explicit_plan(workspace, request.plan, request.target)
@@ -123,9 +123,9 @@ class _Export:
         """Plan, fit and write until the files that were really written are within the budget; then heal."""
         workspace = self.workspace
         self.progress("building the graph", 0, 1)
-        graph: Any = exporter.dense_graph(workspace.checkpoint, workspace.task, self.work)
+        draft = self.kind.prepare(workspace.checkpoint, workspace.task, self.work)
         self.progress("building the graph", 1, 1)
-        sizes = planning_sizes(workspace, graph, self.work)
+        sizes = planning_sizes(workspace, self.kind, draft, self.work)
         found = profile_of(workspace, self.target, self.request.profile, self.progress)
         goal = paced(goal, self.target, workspace.task, self.progress)
         evaluate = evaluator(workspace, found, workspace.divergence_on_search)
@@ -133,8 +133,8 @@ class _Export:
         for _ in range(_REPLANS):
             plans = self._plans(found, goal, sizes, evaluate)
             factors = fit(workspace, plans[0].choices, found, self.progress)
-            product = self._written(plans[0], factors, workspace.checkpoint, graph)
-            graph = None  # writing consumes it
+            product = self._written(plans[0], factors, workspace.checkpoint, draft)
+            draft = None  # writing consumes it
             over = self._overrun(goal.budget, product.written)
             if over <= 0:
                 return self._healed(product, found, plans[1:], goal.budget)
@@ -161,10 +161,11 @@ class _Export:
             for note, (_, choices, _) in zip(told, others[: _FINALISTS - 1], strict=False)
         ]
 
-    def _written(self, plan: Plan, factors: Mapping[str, Factors], source: Checkpoint, graph: Any = None) -> _Product:
-        """graph: the source's dense graph where it is at hand; it is consumed."""
-        graph = graph or exporter.dense_graph(source, self.workspace.task, self.work)
-        return _Product(plan, factors, _write(source, graph, factors, self.target, self.stage, self.progress), source)
+    def _written(self, plan: Plan, factors: Mapping[str, Factors], source: Checkpoint, draft: Any = None) -> _Product:
+        """draft: the source's dense graph, or what the kind has instead, where it is at hand; it is used up."""
+        draft = draft or self.kind.prepare(source, self.workspace.task, self.work)
+        written = _write(self.kind, source, draft, factors, self.target, self.stage, self.progress)
+        return _Product(plan, factors, written, source)
 
     def _healed(
         self, product: _Product, found: Profile | None, rivals: Sequence[Plan], budget: Budget | None = None
@@ -209,7 +210,7 @@ class _Export:
     def _told(self, stage: str) -> healing.Progress:
         return lambda done, total: self.progress(stage, done, total)
 
-    def _overrun(self, budget: Budget | None, written: exporter.Written) -> float:
+    def _overrun(self, budget: Budget | None, written: Written) -> float:
         """Bytes that the written files are over the budget; negative when they are within it."""
         if budget is None:
             return -1.0
@@ -223,7 +224,10 @@ def export(request: ExportRequest, progress: Progress = silent) -> Exported:
     target = get_target(request.target)
     goal = _goal(request, target)
     outputs.check_free(request.out, force=request.force)
+    kind = kind_of(target)
     compressed = store.is_compressed(request.model)
+    reconstructed = compressed and kind.RECONSTRUCTS and not _ships_as_it_is(request.model, target)
+    compressed = compressed and not reconstructed
     if compressed and (request.plan or request.budget or request.max_loss or request.profile):
         raise UsageError(
             f"{request.model} is already compressed; --plan, --budget, --max-loss and --profile belong to the dense "
@@ -238,13 +242,15 @@ def export(request: ExportRequest, progress: Progress = silent) -> Exported:
         if compressed:
             request = replace(request, quality=False)  # its dense original is not here to compare with
             workspace, made, factors = _from_compressed(request, target, work)
-            graph = exporter.dense_graph(workspace.checkpoint, workspace.task, work)
-            written = _write(workspace.checkpoint, graph, factors, target, stage, progress)
+            draft = kind.prepare(workspace.checkpoint, workspace.task, work)
+            written = _write(kind, workspace.checkpoint, draft, factors, target, stage, progress)
             product = _Product(made, factors, written, workspace.checkpoint)
         else:
+            if reconstructed:
+                request = replace(request, model=_reconstructed(request, work))
             run = _Export(request, target, stage, work, progress)
             workspace, product = run.workspace, run.run(goal)
-        manifest = _verified_manifest(workspace, product, target, stage, request, progress)
+        manifest = _verified_manifest(workspace, product, target, stage, request, progress, work)
         (stage / MANIFEST_NAME).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n", encoding="utf-8")
         if goal.budget is not None and product.plan.budget == str(goal.budget):
             _require_within(goal.budget, stage, product.written)
@@ -267,7 +273,7 @@ def _goal(request: ExportRequest, target: Target) -> Goal:
     return Goal(parse_budget(request.budget or target.default_budget), search=request.search, max_ms=max_ms)
 
 
-def _require_within(budget: Budget, stage: Path, written: exporter.Written) -> None:
+def _require_within(budget: Budget, stage: Path, written: Written) -> None:
     """The last look, at the finished folder itself. Raises BudgetError."""
     whole = sum(f.stat().st_size for f in stage.rglob("*") if f.is_file())
     if budget.kind == "size" and not whole <= budget.value:
@@ -278,17 +284,49 @@ def _require_within(budget: Budget, stage: Path, written: exporter.Written) -> N
 
 
 def _write(
-    source: Checkpoint, graph: Any, factors: Mapping[str, Factors], target: Target, stage: Path, progress: Progress
-) -> exporter.Written:
-    written = exporter.write_model(graph, factors, target, stage, lambda d, t: progress("writing", d, t))
-    exporter.write_companions(source, graph, stage)
+    kind: ArtifactKind,
+    source: Checkpoint,
+    draft: Any,
+    factors: Mapping[str, Factors],
+    target: Target,
+    stage: Path,
+    progress: Progress,
+) -> Written:
+    written = kind.write(draft, factors, target, stage, lambda d, t: progress("writing", d, t))
+    kind.write_companions(source, draft, stage)
     return written
+
+
+def _ships_as_it_is(folder: Path, target: Target) -> bool:
+    """Can the target run every stored layer of a compressed folder, so that no number changes?"""
+    opened = store.open_compressed(folder)
+    layers = Workspace(folder).layers
+    try:
+        check_plan(replace(opened.plan, fingerprint=""), layers, target, "")
+    except PlanError:
+        return False
+    return True
+
+
+def _reconstructed(request: ExportRequest, work: Path) -> Path:
+    """A compressed folder as the dense checkpoint that it stands for, to be quantised anew: for runtimes that have no
+    factored layers.
+    """
+    opened = store.open_compressed(request.model)
+    opened.checkpoint.check_finite()
+    logger.warning(
+        "%s: %s has no factored layers; they are reconstructed and quantised anew, and quality is measured against "
+        "the reconstruction (`edgec eval --model DENSE` compares with the original)",
+        request.model,
+        request.target,
+    )
+    return store.densify(opened, work / "dense").folder
 
 
 def _from_compressed(request: ExportRequest, target: Target, work: Path) -> tuple[Workspace, Plan, dict[str, Factors]]:
     """A compressed folder as a workspace over its densified weights, its plan, its factors as they were stored."""
     opened = store.open_compressed(request.model)
-    exporter.refuse_unsupported(opened.checkpoint, modeling.task_of(opened.checkpoint))
+    kind_of(target).refuse_unsupported(opened.checkpoint, modeling.task_of(opened.checkpoint))
     opened.checkpoint.check_finite()
     checkpoint = store.densify(opened, work / "dense")
     workspace = Workspace(checkpoint.folder, request.calibration)
@@ -304,13 +342,15 @@ def _verified_manifest(
     stage: Path,
     request: ExportRequest,
     progress: Progress,
+    work: Path,
 ) -> dict[str, Any]:
     """Parity, then quality of the shipped files, then the manifest that records both. Raises VerificationError."""
     made, factors, written = product.plan, product.factors, product.written
+    kind = kind_of(target)
     progress("verifying", 0, 3)
     batches = workspace.report_batches if request.quality else workspace.random_batches
     compressed = store.assemble(product.source, factors)
-    parity = verify.verify_parity(stage, compressed, workspace.task, batches)
+    parity = kind.parity(stage, compressed, workspace.task, batches, work)
     del compressed
     progress("verifying", 1, 3)
     quality = measure_quality(workspace, stage) if request.quality else {}
@@ -325,7 +365,7 @@ def _verified_manifest(
         "task": workspace.task,
         "target": target.name,
         "fingerprint": made.fingerprint,
-        "versions": _versions(),
+        "versions": _versions(kind),
         "plan": as_dict(made),
         "sizes": {
             "model_bytes": written.model_bytes,
@@ -334,7 +374,9 @@ def _verified_manifest(
             "total_bpw": 8 * written.model_bytes / parameters,
             "linear_bpw": made.linear_bpw(),
             "layers": {name: fitted.stored_bytes for name, fitted in sorted(factors.items())},
+            **({"types": dict(written.types)} if written.types else {}),
         },
+        "notes": list(written.notes),
         "healing": dict(product.healing),
         "parity": asdict(parity),
         "quality": quality,
@@ -346,7 +388,7 @@ def measure_quality(workspace: Workspace, artifact: Path) -> dict[str, Any]:
     """Quality of an exported folder against the dense model on held-out text, by the runtime that will execute it."""
     batches = workspace.report_batches
     if workspace.task == DECODER_TASK:
-        decoder = OrtDecoder(artifact)
+        decoder = verify.decoder_of(artifact)
         found = workspace.language_quality(lambda ids: verify.stacked_logits(decoder, ids), batches)
         return {**asdict(found), "perplexity_ratio": found.perplexity / found.dense_perplexity, "text": batches.origin}
     encoder = OrtEncoder(artifact)
@@ -354,8 +396,8 @@ def measure_quality(workspace: Workspace, artifact: Path) -> dict[str, Any]:
     return {**asdict(workspace.encoder_quality(vectors, batches)), "text": batches.origin}
 
 
-def _versions() -> dict[str, str]:
-    names = ("torch", "transformers", "onnx", "onnx-ir", "onnxruntime", "onnxruntime-genai", "numpy")
+def _versions(kind: ArtifactKind) -> dict[str, str]:
+    names = ("torch", "transformers", *kind.PACKAGES, "numpy")
     return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in names}}
 
 

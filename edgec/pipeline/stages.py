@@ -15,7 +15,7 @@ from edgec.calibration import Batches
 from edgec.compress.apply import fit_choices
 from edgec.compress.streaming import stream_fit
 from edgec.errors import UnsupportedModelError, UsageError
-from edgec.export.onnx import exporter
+from edgec.export.artifacts import ArtifactKind
 from edgec.export.targets import get_target
 from edgec.fit import Factors
 from edgec.modeling import Layer
@@ -202,12 +202,12 @@ def profile_of(workspace: Workspace, target: Target, folder: Path | None, progre
     return load_profile(folder, workspace.checkpoint) if folder else make_profile(workspace, [target], progress)
 
 
-def planning_sizes(workspace: Workspace, graph: Any, work: Path) -> Sizes:
+def planning_sizes(workspace: Workspace, kind: ArtifactKind, draft: Any, work: Path) -> Sizes:
     planned = {layer.name for layer in workspace.layers}
     trial = work / "companions"
     trial.mkdir(exist_ok=True)
-    companions = exporter.write_companions(workspace.checkpoint, graph, trial) + manifest_bytes(workspace)
-    return Sizes(workspace.checkpoint.parameters, exporter.other_bytes(graph, planned), companions)
+    companions = kind.write_companions(workspace.checkpoint, draft, trial) + manifest_bytes(workspace)
+    return Sizes(workspace.checkpoint.parameters, kind.other_bytes(draft, planned), companions)
 
 
 def manifest_bytes(workspace: Workspace) -> int:

@@ -9,8 +9,8 @@ from pathlib import Path
 from edgec import outputs
 from edgec.compress import store
 from edgec.compress.streaming import compress_streamed
-from edgec.errors import UnsupportedModelError
-from edgec.export.onnx import exporter
+from edgec.errors import RuntimeUnavailableError, UnsupportedModelError
+from edgec.export.artifacts import kind_of
 from edgec.export.targets import all_targets, get_target
 from edgec.pipeline.pace import paced
 from edgec.pipeline.stages import (
@@ -27,7 +27,7 @@ from edgec.pipeline.stages import (
 )
 from edgec.plan import files as plan_files
 from edgec.profile.store import Profile, save_profile
-from edgec.records import Plan
+from edgec.records import Plan, Target
 from edgec.workspace import Workspace
 
 logger = logging.getLogger(__name__)
@@ -36,14 +36,25 @@ logger = logging.getLogger(__name__)
 def profile(
     model: Path, out: Path | None, *, calibration: Path | None = None, force: bool = False, progress: Progress = silent
 ) -> Profile:
-    """Measure every layer and score every candidate of every target; with `out`, save the folder."""
+    """Measure every layer and score every candidate of every target that can run the model here; with `out`, save the
+    folder.
+    """
     if out is not None:
         outputs.check_free(out, force=force)
     workspace = Workspace(model, calibration)
-    made = make_profile(workspace, list(all_targets().values()), progress)
+    made = make_profile(workspace, [t for t in all_targets().values() if _runs(t, workspace)], progress)
     if out is not None:
         save_profile(made, out, force=force)
     return made
+
+
+def _runs(target: Target, workspace: Workspace) -> bool:
+    try:
+        kind_of(target).refuse_unsupported(workspace.checkpoint, workspace.task)
+    except (UnsupportedModelError, RuntimeUnavailableError) as error:
+        logger.info("not profiled for %s: %s", target.name, error)
+        return False
+    return True
 
 
 def plan(
@@ -61,11 +72,12 @@ def plan(
     """
     workspace = Workspace(model, calibration)
     chosen = get_target(target)
-    exporter.refuse_unsupported(workspace.checkpoint, workspace.task)
+    kind = kind_of(chosen)
+    kind.refuse_unsupported(workspace.checkpoint, workspace.task)
     with tempfile.TemporaryDirectory(prefix="edgec-plan-") as folder:
         work = Path(folder)
-        graph = exporter.dense_graph(workspace.checkpoint, workspace.task, work)
-        sizes = planning_sizes(workspace, graph, work)
+        draft = kind.prepare(workspace.checkpoint, workspace.task, work)
+        sizes = planning_sizes(workspace, kind, draft, work)
     found = profile_of(workspace, chosen, profile_folder, progress)
     goal = paced(goal, chosen, workspace.task, progress)
     return search_plan(workspace, found, chosen, goal, sizes, progress)

@@ -166,7 +166,7 @@ def test_a_model_that_does_not_verify_is_not_written(
     """NaN included: the gate is `not error <= tolerance`."""
     before = tree(room)
     for wrong in (0.5, float("nan")):
-        monkeypatch.setattr("edgec.export.verify._relative", lambda *_, wrong=wrong: wrong)
+        monkeypatch.setattr("edgec.export.verify.relative", lambda *_, wrong=wrong: wrong)
         said = invoke(capsys, *_words(lm_source, room / "out"))
         check_failure(said, 1, r"verify: the exported graph differs from the compressed model by (5\.00e-01|nan)")
         assert tree(room) == before

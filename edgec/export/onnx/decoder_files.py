@@ -84,7 +84,7 @@ def write_tokenizer(source: Path, context_length: int, out: Path) -> None:
         except Exception as error:
             raise CheckpointError(
                 f"{source} has a tokenizer that cannot be converted to tokenizer.json: "
-            f"{' '.join(str(error).split())[:300]}"
+                f"{' '.join(str(error).split())[:300]}"
             ) from error
         return
     for name in _COPIED:

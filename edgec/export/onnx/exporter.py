@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Set
-from dataclasses import dataclass
 from pathlib import Path
 
 import onnx_ir as ir
@@ -13,6 +12,7 @@ import onnx_ir as ir
 from edgec import modeling
 from edgec.checkpoint import Checkpoint
 from edgec.companions import copy_companions
+from edgec.export.artifacts import Written
 from edgec.export.onnx import decoder
 from edgec.export.onnx.decoder_support import check_supported
 from edgec.export.onnx.encoder import export_encoder
@@ -26,14 +26,6 @@ from edgec.records import Target
 _NODE_BYTES = 420
 """Typical size of one node in model.onnx with its names [bytes]; only a first guess, the written file is what counts.
 """
-
-
-@dataclass(frozen=True)
-class Written:
-    """What an export put into its folder: model_bytes of model.onnx and its data, tensor → stored bytes."""
-
-    model_bytes: int
-    tensors: Mapping[str, int]
 
 
 def refuse_unsupported(checkpoint: Checkpoint, task: str) -> None:
