@@ -28,7 +28,7 @@ BUCKET = 256
 CHUNK = 128
 """Most tokens of one prefill graph: larger ones were no faster, and their activations take memory."""
 _KEPT_GRAPHS = 6
-CACHE_KINDS = {"f16": F16, "q8_0": Q8_0}
+CACHE_KINDS = {"f16": F16, "q8_0": Q8_0, "f32": F32}
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,9 @@ class Session:
         cache: str = "f16",
         chunk: int = CHUNK,
     ) -> None:
-        """cache: "f16", or "q8_0" (half the bytes; needs flash attention). chunk: most tokens of one graph."""
+        """cache: "f16", "q8_0" (half the bytes; with flash attention only) or "f32" (to verify). chunk: most tokens of
+        one graph. Raises UsageError.
+        """
         if cache not in CACHE_KINDS or (cache == "q8_0" and not flash):
             raise UsageError(f"the KV cache can be {', '.join(CACHE_KINDS)}, q8_0 with flash attention; got {cache!r}")
         if cache == "q8_0" and network.config.head % 32:
