@@ -142,7 +142,8 @@ class Target:
     a uniform plan uses when it names none. residual_formats: pairs "backbone+correction". rank_multiple: bond
     dimensions are multiples of it. k_multiple: a quantised matmul's inner dimension must be a multiple of it (1:
     any). accuracy_level: MatMulNBits attribute; 4 computes in int8. artifact: what is written, by the name of a file
-    in `edgec/export/artifacts/`.
+    in `edgec/export/artifacts/`. must_beat: a simpler target; a plan with corrections ships only where it measures
+    better than that one's at the same budget.
     """
 
     name: str
@@ -158,6 +159,7 @@ class Target:
     residual_formats: tuple[str, ...] = ()
     rotated_formats: tuple[str, ...] = ()
     artifact: str = "onnx"
+    must_beat: str = ""
 
     def formats_of(self, kind: str) -> tuple[str, ...]:
         """Names of the formats that a matrix decomposed in this way may have."""

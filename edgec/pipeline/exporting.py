@@ -147,6 +147,8 @@ class _Export:
     def _plans(self, found: Profile, goal: Goal, sizes: Sizes, evaluate: Evaluate) -> list[Plan]:
         """The best plan, and where healing follows, others of another structure: healing may reverse their order."""
         made = search_plan(self.workspace, found, self.target, goal, sizes, self.progress, evaluate)
+        if self.target.must_beat:
+            made = self._the_better(made, found, goal, sizes, evaluate)
         settings = self.request.heal
         if settings.mode == "off" or goal.budget is None:
             return [made]
@@ -160,6 +162,26 @@ class _Export:
             plan_of(found, self.target, str(goal), sizes, choices, [note])
             for note, (_, choices, _) in zip(told, others[: _FINALISTS - 1], strict=False)
         ]
+
+    def _the_better(self, made: Plan, found: Profile, goal: Goal, sizes: Sizes, evaluate: Evaluate) -> Plan:
+        """The plan, or the simpler target's at the same budget where that one measures as well."""
+        if all(choice.spec.quantization_only for choice in made.choices):
+            note = "no correction is worth its bytes here: the plain file ships, without an adapter"
+        else:
+            simple = get_target(self.target.must_beat)
+            plain = search_plan(self.workspace, found, simple, goal, sizes, self.progress, evaluate)
+            if goal.budget is None:
+                ours, theirs = float(made.bytes), float(plain.bytes)
+                told = f"{ours:.0f} bytes for the loss asked for, {theirs:.0f} without corrections"
+            else:
+                ours, theirs = evaluate(list(made.choices)), evaluate(list(plain.choices))
+                told = f"measured loss {ours:.4g}, {theirs:.4g} without corrections at the same budget"
+            if ours < theirs:
+                return replace(made, notes=(*made.notes, f"corrections pay: {told}"))
+            made = replace(plain, target=self.target.name)
+            note = f"corrections do not pay ({told}): the plain file ships, without an adapter"
+        logger.warning("%s", note)
+        return replace(made, notes=(*made.notes, note))
 
     def _written(self, plan: Plan, factors: Mapping[str, Factors], source: Checkpoint, draft: Any = None) -> _Product:
         """draft: the source's dense graph, or what the kind has instead, where it is at hand; it is used up."""

@@ -75,6 +75,8 @@ def executable(
         return str(fmt) in target.embedding_formats and multiplied and fits
     if str(fmt) not in target.formats_of(spec.kind):
         return False
+    if tied and spec.kind == "residual" and target.must_beat:
+        return False  # an adapter corrects tensors of the file, and a tied head is none
     contraction = contraction_of(spec, shape, role)
     inner = {name: s[-1] for name, s in core_shapes(contraction).items() if name in quantisable(contraction)}
     return all(_fits(target, fmt.of(core), k) for core, k in inner.items()) and all(

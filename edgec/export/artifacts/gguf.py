@@ -25,7 +25,7 @@ from edgec.export.gguf.writer import GgufTensor, write_gguf
 from edgec.fit import Core, Factors
 from edgec.quantize.formats import storable
 from edgec.records import Target
-from edgec.runtime.llama_cpp import MODEL_FILE, LlamaCpp, import_llama_cpp
+from edgec.runtime.llama_cpp import ADAPTER_FILE, MODEL_FILE, LlamaCpp, import_llama_cpp
 
 logger = logging.getLogger(__name__)
 
@@ -120,7 +120,9 @@ def parity(
     inputs = verify.probe(batches)
     expected = verify.torch_outputs(reference, task, inputs)
     with verify.temporary_folder(folder) as plain:
-        copy_in_floats(folder / MODEL_FILE, plain / MODEL_FILE)
+        for name in (MODEL_FILE, ADAPTER_FILE):
+            if (folder / name).is_file():
+                copy_in_floats(folder / name, plain / name)
         error = verify.relative(verify.decoder_outputs(LlamaCpp(plain), inputs), expected)
     shipped = verify.relative(verify.decoder_outputs(LlamaCpp(folder), inputs), expected)
     if not error <= verify.PARITY_TOLERANCE:
