@@ -84,8 +84,9 @@ def write_gguf(
             if key != "general.architecture":
                 _add(writer, key, value)
         for tensor in tensors:
+            size = tensor.nbytes  # refuses an unknown type
             kind = gguf.GGMLQuantizationType[tensor.type]
-            writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.nbytes, raw_dtype=kind)
+            writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), size, raw_dtype=kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()

@@ -48,7 +48,11 @@ def written(source: Path, out: Path) -> LlamaCpp:
     state = modeling.load_dense(checkpoint).state_dict()
     cores: dict[str, Any] = {
         layer.name: next(
-            iter(fit(state[f"{layer.name}.weight"].numpy(), Spec("dense"), CoreFormat(32), role=layer.role).cores.values())
+            iter(
+                fit(
+                    state[f"{layer.name}.weight"].numpy(), Spec("dense"), CoreFormat(32), role=layer.role
+                ).cores.values()
+            )
         )
         for layer in layers
     }
