@@ -13,7 +13,7 @@ BIN = .venv/bin
 OFFLINE = HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 PYTEST = $(OFFLINE) EDGEC_ASSETS="$${EDGEC_ASSETS:-$$(pwd)/../shared/assets}" $(BIN)/python -m pytest
 
-.PHONY: help setup demo test test-fast results lint clean distclean
+.PHONY: help setup setup-gguf demo test test-fast results lint clean distclean
 
 help:
 	@echo 'make demo       compress a real model for x86-64 and arm64, measure it, write demo-out/report.html'
@@ -21,7 +21,8 @@ help:
 	@echo 'make test-fast  the unit tests alone'
 	@echo 'make lint       ruff, mypy, import contracts'
 	@echo 'make results    RESULTS.md: every figure that README.md quotes, measured again (hours); FIGURES="minilm" for some'
-	@echo 'make setup      .venv/ with everything that the above need; they call it themselves'
+	@echo 'make setup      .venv/ with everything that the above need but llama.cpp; they call it themselves'
+	@echo 'make setup-gguf the same with llama.cpp, compiled for some minutes; make test calls it'
 	@echo 'make clean      remove what demo, benchmarks and tests left; distclean: .venv/ and .cache/ too'
 
 # The stamp is written last, so an interrupted setup is taken up again; it holds what the environment was made from.
@@ -40,6 +41,19 @@ setup:
 		$${TORCH_INDEX:+--extra-index-url "$$TORCH_INDEX"} -e '.[dev,demo]'; \
 	echo "$$want" > .venv/.made-from
 
+# llama.cpp is compiled for some minutes, which `make demo` should not have to wait for. Its image and audio parts are
+# left out. Where it cannot be compiled, the tests of GGUF say that they are skipped, and the next run tries again.
+setup-gguf: setup
+	@set -eu; \
+	if [ "$$(cat .venv/.gguf-from 2> /dev/null || true)" = "$$(cat .venv/.made-from)" ]; then exit 0; fi; \
+	echo 'compiling llama.cpp into .venv/ (several minutes the first time)'; \
+	if CMAKE_ARGS="$${CMAKE_ARGS:--DLLAVA_BUILD=OFF}" $(BIN)/python -m pip install --disable-pip-version-check --no-input --quiet \
+		$${TORCH_INDEX:+--extra-index-url "$$TORCH_INDEX"} -e '.[gguf]'; then \
+		cp .venv/.made-from .venv/.gguf-from; \
+	else \
+		echo 'llama-cpp-python cannot be installed here (it needs a C++ compiler): tests of GGUF will be skipped' >&2; \
+	fi
+
 # One profile serves both exports: it knows the model, not the target.
 demo: setup
 	@set -eu; export $(OFFLINE); \
@@ -55,7 +69,7 @@ demo: setup
 	step bench demo-out/minilm-onnx-x64 --model "$$model" \
 		--baseline fp32 --baseline int8 --baseline int4 --report demo-out/report.html
 
-test: setup
+test: setup-gguf
 	$(PYTEST) tests runtime_tests $(ARGS)
 
 test-fast: setup

@@ -32,7 +32,7 @@ def find_loader(folder: Path) -> Loader:
     if not claimants:
         raise CheckpointError(
             f"{folder} holds nothing that a runtime here can load; expected model.onnx with tokenizer.json and "
-            "config.json (an encoder) or genai_config.json (a causal LM)"
+            "config.json (an encoder), or genai_config.json or model.gguf (a causal LM)"
         )
     if len(claimants) > 1:
         raise CheckpointError(f"{folder} holds artifacts of several runtimes ({', '.join(claimants)}); keep one")
