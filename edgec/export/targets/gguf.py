@@ -14,7 +14,7 @@ TARGET = Target(
     name="gguf",
     description="llama.cpp (llama-cpp-python, Ollama, LM Studio): one stock .gguf, factored layers multiplied out",
     dense_formats=(
-        "int8-b32", "q6_k", "q5_k", "int4-b32", "q4_k", "iq4_xs", "q3_k", "iq3_s", "iq3_xxs", "q2_k", "iq2_s",
+        "int8-b32", "q6_k", "q5_k", "int4-b32", "q4_k", "iq4_xs", "q3_k", "iq3_xxs", "q2_k", "iq2_s",
     ),
     factored_formats=(),
     embedding_formats=("int8-b32", "q6_k", "int4-b32", "q4_k", "q3_k"),

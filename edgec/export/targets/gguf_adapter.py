@@ -14,7 +14,7 @@ TARGET = replace(
     STOCK,
     name="gguf-adapter",
     description="llama.cpp with an un-merged LoRA (adapter.gguf): low-bit backbones with low-rank corrections",
-    residual_formats=("int4-b32+int8-b32", "q3_k+int8-b32", "iq3_xxs+int8-b32", "q2_k+int8-b32"),
+    residual_formats=("q3_k+int8-b32", "q2_k+int8-b32"),
     artifact="gguf_adapter",
     must_beat="gguf",
 )

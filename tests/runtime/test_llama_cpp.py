@@ -1,0 +1,157 @@
+"""The llama.cpp loader: generation, forced tokens, logits, sampling, and what it refuses."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from models_for_tests import write_causal_lm
+
+from edgec import modeling
+from edgec.checkpoint import open_checkpoint
+from edgec.errors import CheckpointError, RuntimeUnavailableError, UsageError
+from edgec.export.gguf import stock
+from edgec.export.gguf.writer import tensor_of, write_gguf
+from edgec.fit import fit
+from edgec.quantize.formats import LayerFormat
+from edgec.records import Spec
+from edgec.runtime import RuntimeOptions, llama_cpp, open_artifact
+from edgec.runtime.llama_cpp import LlamaCpp, Vocabulary
+
+pytest.importorskip("llama_cpp", reason="needs the extra edgec[gguf]")
+
+
+def written(source: Path, out: Path, fmt: str = "fp32") -> Path:
+    """In floats unless told otherwise: no kernel rounds activations, so that one call agrees with another."""
+    checkpoint = open_checkpoint(source)
+    draft = stock.draft(checkpoint)
+    state = modeling.load_dense(checkpoint).state_dict()
+    cores: dict[str, Any] = {}
+    for layer in modeling.layers(modeling.without_memory(checkpoint)):
+        weight = state[f"{layer.name}.weight"].numpy()
+        own = fit(weight, Spec("dense"), LayerFormat.parse(fmt), role=layer.role).cores["weight"]
+        cores[layer.name] = cores[layer.tied_to] if layer.tied_to else own
+    out.mkdir()
+    write_gguf(out / "model.gguf", draft.metadata, stock.tensors(draft, cores))
+    return out
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    base = tmp_path_factory.mktemp("gguf")
+    return written(write_causal_lm(base / "source"), base / "artifact")
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> LlamaCpp:
+    opened = open_artifact(folder, RuntimeOptions(threads=1))
+    assert isinstance(opened, LlamaCpp)
+    return opened
+
+
+def test_greedy_tokens_are_the_likeliest_ones(model: LlamaCpp) -> None:
+    ids = model.encode("def f(x):")
+    expected = []
+    for _ in range(6):
+        values = model.logits(np.array([*ids, *expected]))[-1]
+        values[model.vocabulary.ends()] = -np.inf
+        expected.append(int(values.argmax()))
+    assert list(model.forced(ids, 6)) == expected
+    free = [p.token for p in model.generate(ids, 6)]
+    assert free == expected[: len(free)]
+
+
+def test_a_long_prompt_is_read_in_parts(model: LlamaCpp) -> None:
+    """Chunks of the logits continue one another; 300 tokens are more than one chunk."""
+    ids = np.random.default_rng(0).integers(3, 250, 300)
+    whole = model.logits(ids)
+    assert whole.shape == (300, model.vocab_size)
+    parts = np.concatenate(list(model.logits_chunks(ids, chunk=37)))
+    assert np.linalg.norm(parts - whole) < 0.02 * np.linalg.norm(whole)
+    first = next(iter(model.forced(ids.tolist(), 1)))
+    values = whole[-1].copy()
+    values[model.vocabulary.ends()] = -np.inf
+    assert first == int(values.argmax())
+
+
+def test_one_context_serves_many_calls(model: LlamaCpp) -> None:
+    """A cleared context remembers nothing, whatever ran before it."""
+    ids = np.arange(5, 45)
+    before = model.logits(ids)
+    list(model.forced([7, 8, 9], 30))
+    np.testing.assert_array_equal(model.logits(ids), before)
+
+
+def test_sampling_is_seeded(model: LlamaCpp) -> None:
+    def sampled(seed: int) -> list[int]:
+        options = {"temperature": 1.5, "top_k": 50, "top_p": 0.95, "repetition_penalty": 1.1, "random_seed": seed}
+        return [p.token for p in model.generate("abc", 12, greedy=False, **options)]
+
+    assert sampled(1) == sampled(1)
+    assert len({tuple(sampled(seed)) for seed in range(4)}) > 1
+    with pytest.raises(UsageError, match="unknown sampling option 'beams'"):
+        model.generate("abc", 1, greedy=False, beams=2)
+
+
+def test_text_survives_bytes_that_are_split_over_tokens(model: LlamaCpp) -> None:
+    text = "naïve 🙂"
+    assert model.decode(model.encode(text)) == text
+
+
+def test_context_and_vocabulary_are_kept(model: LlamaCpp) -> None:
+    assert model.context_length == 512
+    assert model.vocab_size == 320
+    with pytest.raises(UsageError, match="do not fit the context of 512"):
+        next(model.forced([5] * 510, 3))
+    with pytest.raises(UsageError, match="outside the vocabulary"):
+        model.logits(np.array([320]))
+    with pytest.raises(UsageError, match="the prompt is empty"):
+        model.generate([], 3)
+    assert len(list(model.generate([5] * 510, 9))) <= 2
+
+
+def test_a_damaged_file_is_refused_before_llama_cpp_sees_it(folder: Path, tmp_path: Path) -> None:
+    data = (folder / "model.gguf").read_bytes()
+    for name, bad in {"short": data[:-100], "text": b"not a gguf", "empty": b""}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.gguf").write_bytes(bad)
+        with pytest.raises(CheckpointError, match="model.gguf"):
+            LlamaCpp(tmp_path / name)
+
+
+def test_a_file_that_llama_cpp_refuses_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_gguf(tmp_path / "model.gguf", {"general.architecture": "llama"}, [tensor_of("x", np.zeros(4, np.float32))])
+    with caplog.at_level(logging.WARNING), pytest.raises(CheckpointError, match="llama.cpp cannot load"):
+        LlamaCpp(tmp_path)
+    assert "missing" in caplog.text or "not found" in caplog.text  # its own reason, through logging
+
+
+def test_without_a_vocabulary_ids_work_and_text_is_refused(folder: Path, tmp_path: Path) -> None:
+    source = write_causal_lm(tmp_path / "source")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (source / name).unlink(missing_ok=True)
+    plain = LlamaCpp(written(source, tmp_path / "out"), RuntimeOptions(threads=1))
+    assert len(list(plain.generate([5, 6, 7], 4))) == 4
+    np.testing.assert_array_equal(plain.logits(np.array([5, 6])), LlamaCpp(folder).logits(np.array([5, 6])))
+    with pytest.raises(CheckpointError, match="no vocabulary"):
+        plain.generate("text", 4)
+
+
+def test_a_vocabulary_needs_no_weights(folder: Path, model: LlamaCpp) -> None:
+    alone = Vocabulary(folder / "model.gguf")
+    assert alone.encode("some text") == model.encode("some text")
+    assert alone.size == 320
+
+
+def test_without_the_package_the_reason_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    llama_cpp.import_llama_cpp.cache_clear()
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)
+    with pytest.raises(RuntimeUnavailableError, match=r"edgec\[gguf\]"):
+        llama_cpp.prepare()
+    monkeypatch.undo()
+    llama_cpp.import_llama_cpp.cache_clear()
