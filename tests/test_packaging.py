@@ -130,7 +130,7 @@ def test_readme_names_real_files() -> None:
 def test_readme_targets_are_the_targets() -> None:
     from edgec.export.targets import all_targets
 
-    assert set(re.findall(r"^\| `(onnx-\w+)` \|", README, re.MULTILINE)) == set(all_targets())
+    assert set(re.findall(r"^\| `((?:onnx|gguf)[\w-]*)` \|", README, re.MULTILINE)) == set(all_targets())
 
 
 def test_ci_runs_lint_and_tests() -> None:

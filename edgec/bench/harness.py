@@ -48,7 +48,8 @@ class Contestant:
     def resolved_task(self) -> str:
         if self.task:
             return self.task
-        return CAUSAL_LM if (self.folder / "genai_config.json").is_file() else ENCODER
+        decoder = (self.folder / "genai_config.json").is_file() or any(self.folder.glob("*.gguf"))
+        return CAUSAL_LM if decoder else ENCODER
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ from pathlib import Path
 from edgec.errors import BenchError
 from edgec.runtime.layout import inside, optional_json
 
-MODEL_FILES = ("model.onnx", "model.gguf")
+MODEL_FILES = ("model.onnx", "model.gguf", "model.factored.gguf")
+ADAPTER_FILE = "adapter.gguf"
 
 
 def model_file(folder: Path) -> Path:
@@ -24,9 +25,12 @@ def model_file(folder: Path) -> Path:
 
 
 def artifact_bytes(folder: Path) -> int:
-    """Model file plus external data [bytes]; tokenizer and configuration are not counted."""
+    """Model file plus external data or adapter [bytes]; tokenizer and configuration beside them are not counted."""
     path = model_file(folder)
     files = {path.resolve(): path.stat().st_size}
+    adapter = folder / ADAPTER_FILE
+    if path.suffix == ".gguf" and adapter.is_file():
+        files[adapter.resolve()] = adapter.stat().st_size
     for location in sorted(_external(path)) if path.suffix == ".onnx" else ():
         data = inside(folder, location, path)
         files[data.resolve()] = data.stat().st_size

@@ -67,7 +67,7 @@ def executable(
     if not fmt.quantised:
         return True
     if role == "embedding" and spec.kind != "dense":
-        return _factored_table_executable(target, shape, spec, fmt)
+        return bool(target.factored_formats) and _factored_table_executable(target, shape, spec, fmt)
     if role == "embedding" or (tied and spec.kind == "dense"):
         multiplied = role == "embedding" or str(fmt) in target.dense_formats
         own = fmt.of("weight")

@@ -172,7 +172,8 @@ def of_target(target: Target) -> Hardware:
     """The class of hardware that a target's formats must run fast on. Raises PlanError for one without a row."""
     if target.name not in _FOR_TARGET:
         raise PlanError(
-            f"target {target.name!r} has no row in the hardware table; add it to edgec/plan/hardware.py with its source"
+            f"target {target.name!r} has no row in the hardware table, which knows onnxruntime's kernels; ask for "
+            f"{' or '.join(_FOR_TARGET)}"
         )
     return HARDWARE[_FOR_TARGET[target.name]]
 

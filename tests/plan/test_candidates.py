@@ -13,6 +13,7 @@ from edgec.export.targets import all_targets, get_target
 from edgec.fit import contraction_of, stored_bytes
 from edgec.plan.candidates import FALLBACK, candidates, executable, uniform
 from edgec.quantize.formats import CoreFormat, LayerFormat, PairFormat
+from edgec.quantize.ggml_formats import GgmlFormat
 from edgec.records import Spec
 
 X64, ARM64 = get_target("onnx-x64"), get_target("onnx-arm64")
@@ -42,7 +43,7 @@ def test_everything_offered_is_executable(target: object, shape: tuple[int, int]
         contraction = contraction_of(spec, shape, role)
         for core, (*_, k) in core_shapes(contraction).items():
             if core in quantisable(contraction) and role != "embedding":
-                assert k >= fmt.of(core).block
+                assert isinstance(fmt.of(core), GgmlFormat) or k >= fmt.of(core).block
                 assert k % target.k_multiple == 0
 
 
@@ -130,6 +131,22 @@ def test_uniform_is_the_low_rank_form_or_nothing() -> None:
     assert uniform((32, 32), 0.5, 32) == Spec("dense")
 
 
+def test_stock_llama_cpp_is_offered_whole_matrices_only() -> None:
+    """Its K types where the rows divide; int4 and int8, which GPTQ makes and healing moves; no factored table."""
+    stock, adapter = get_target("gguf"), get_target("gguf-adapter")
+    found = candidates([stock], "linear", (384, 768))
+    assert {spec.kind for spec, _ in found} == {"dense"}
+    assert {str(fmt) for _, fmt in found} == set(stock.dense_formats)
+    odd = candidates([stock], "linear", (768, 384))  # 384 is no multiple of 256: others fall back
+    assert {str(fmt) for _, fmt in odd} == {"int8-b32", "int4-b32"}
+    assert executable(stock, "linear", (768, 384), Spec("dense"), LayerFormat.parse("q4_k"))  # by hand it may fall back
+    assert {spec.kind for spec, _ in candidates([stock], "embedding", (5000, 512))} == {"dense"}
+    corrected = {str(fmt) for spec, fmt in candidates([adapter], "linear", (768, 768)) if spec.kind == "residual"}
+    assert corrected == set(adapter.residual_formats)
+    tied = candidates([adapter], "head", (5000, 768), tied=True)
+    assert {spec.kind for spec, _ in tied} == {"dense"}  # an adapter corrects tensors of the file; a tied head is none
+
+
 def test_unknown_targets_list_the_known_ones() -> None:
-    with pytest.raises(UsageError, match="known: onnx-arm64, onnx-x64"):
+    with pytest.raises(UsageError, match="known: gguf, .*onnx-arm64, onnx-x64"):
         get_target("onnx-riscv")
