@@ -14,6 +14,7 @@ from typing import Any
 
 from edgec.checkpoint import open_checkpoint, read_json
 from edgec.errors import CheckpointError, EdgecError, VerificationError
+from edgec.gguf_header import is_gguf, read_header
 from edgec.records import MANIFEST_NAME, Choice, Plan
 
 
@@ -32,6 +33,8 @@ def inspect(path: Path, *, check: bool = False) -> Inspection:
     """Raises CheckpointError for what is not a folder of edgec's or transformers', VerificationError listing every file
     that differs.
     """
+    if is_gguf(path):
+        return _gguf(path)
     if (path / MANIFEST_NAME).is_file():
         manifest = _manifest(path)
         if manifest.get("kind") == "artifact":
@@ -66,6 +69,26 @@ def inspect(path: Path, *, check: bool = False) -> Inspection:
         "parameters": checkpoint.parameters,
         "tensors": len(checkpoint.tensors),
         "fingerprint": checkpoint.fingerprint,
+    }
+    return Inspection(str(path), headline, None, (), headline)
+
+
+def _gguf(path: Path) -> Inspection:
+    """A file of any types and any architecture: what its header says, checked against its size."""
+    header = read_header(path)
+    parameters = sum(tensor.elements for tensor in header.tensors.values())
+    by_type: dict[str, int] = {}
+    for tensor in header.tensors.values():
+        by_type[tensor.type_name] = by_type.get(tensor.type_name, 0) + tensor.nbytes
+    stored = sum(by_type.values())
+    headline = {
+        "kind": "GGUF file",
+        "architecture": header.text("general.architecture", "unknown"),
+        "parameters": parameters,
+        "tensors": len(header.tensors),
+        "types": ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in sorted(by_type.items())),
+        "bits per weight": 8 * stored / parameters if parameters else 0.0,
+        "metadata keys": len(header.metadata),
     }
     return Inspection(str(path), headline, None, (), headline)
 

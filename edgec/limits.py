@@ -20,6 +20,12 @@ MAX_GGUF_KEY_BYTES = 65_535
 MAX_GGUF_STRINGS = 1 << 21
 """Most strings in the metadata arrays of one GGUF file [count]; the largest vocabularies have 0.8 million."""
 
+MAX_TOKEN_CHARACTERS = 512
+"""Longest token of a GGUF's vocabulary [characters]; rebuilding merges takes the square of it."""
+
+PROBE_TIMEOUT_S = 120
+"""Longest that llama.cpp may take to read a vocabulary [seconds]."""
+
 MAX_TENSORS = 1_000_000
 """Most tensors in one checkpoint [count]."""
 

@@ -26,8 +26,26 @@ app = typer.Typer(
 # Pipes and files get the width that tables are made for.
 out = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 100)
 
+
+
+def _model_folder(model: Path | None) -> Path | None:
+    """A .gguf in the place of MODEL becomes a transformers folder here, so that no verb needs to know."""
+    from edgec.gguf_header import is_gguf
+
+    if model is None or not is_gguf(model):
+        return model
+    from edgec import gguf_in
+
+    return gguf_in.resolve(model)
+
+
 Model = Annotated[
-    Path, typer.Argument(help="transformers folder: config.json, *.safetensors, tokenizer", show_default=False)
+    Path,
+    typer.Argument(
+        help="transformers folder: config.json, *.safetensors, tokenizer; or a dense .gguf",
+        show_default=False,
+        callback=_model_folder,
+    ),
 ]
 TargetOption = Annotated[str, typer.Option("--target", "-t", help="what will run it: see `edgec targets`")]
 Calibration = Annotated[
