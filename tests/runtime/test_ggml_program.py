@@ -83,8 +83,8 @@ def test_hostile_programs_are_refused_by_layer(change: dict[str, Any], message: 
 
 @pytest.mark.parametrize(
     "text",
-    ["", "[]", "nonsense", '{"a": NaN}', '{"a": {}, "a": {}}', "[" * 100_000, '{"a": 1}', " " * (program.MAX_BYTES + 1)],
-    ids=["empty", "list", "nonsense", "NaN", "twice", "deep", "number", "long"],
+    ["", "[]", '{"a": NaN}', '{"a": {}, "a": {}}', "[" * 100_000, '{"a": 1}', " " * (program.MAX_BYTES + 1)],
+    ids=["empty", "list", "NaN", "twice", "deep", "number", "long"],
 )
 def test_texts_that_are_no_programs(text: str) -> None:
     with pytest.raises(CheckpointError, match=r"^file: "):
