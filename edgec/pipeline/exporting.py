@@ -322,7 +322,7 @@ def _write(
 def _ships_as_it_is(folder: Path, target: Target) -> bool:
     """Can the target run every stored layer of a compressed folder, so that no number changes?"""
     opened = store.open_compressed(folder)
-    layers = Workspace(folder).layers
+    layers = modeling.layers(modeling.without_memory(opened.checkpoint))
     try:
         check_plan(replace(opened.plan, fingerprint=""), layers, target, "")
     except PlanError:
