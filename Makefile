@@ -4,14 +4,17 @@
 #            PYTHON=python3.12       the interpreter that .venv/ is made with (3.11 to 3.13)
 #            TORCH_INDEX=https://…   one more package index, for the CPU build of torch (see README.md)
 #            ARGS='-k contraction'   more arguments for pytest
+#            JOBS=4                  tests run in so many processes (2)
 #            EDGEC_ASSETS=folder     real models and text that some tests read; they skip without
 
 PYTHON ?= python3
 ARGS ?=
+JOBS ?= 2
 FIGURES ?=
 BIN = .venv/bin
 OFFLINE = HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
-PYTEST = $(OFFLINE) EDGEC_ASSETS="$${EDGEC_ASSETS:-$$(pwd)/../shared/assets}" $(BIN)/python -m pytest
+# One thread to a worker: two that each want both cores are slower than one after the other.
+PYTEST = $(OFFLINE) OMP_NUM_THREADS=1 EDGEC_ASSETS="$${EDGEC_ASSETS:-$$(pwd)/../shared/assets}" $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 .PHONY: help setup setup-gguf demo test test-fast results lint clean distclean
 
