@@ -292,7 +292,8 @@ def test_a_program_that_explodes_is_refused(lm_source: Path, tmp_path: Path) -> 
     for _ in range(4):
         width = 128 * 16 ** (len(steps) // 3)
         steps += [["reshape", [width, 1]], ["matmul", "a", 16, 1], ["reshape", [16 * width]]]
-    steps += [["reshape", [1 << 13, 1 << 10, 1]], ["matmul", "a", 16, 1], ["reshape", [128, 1 << 20]], ["reduce_sum", 1]]
+    steps += [["reshape", [1 << 13, 1 << 10, 1]], ["matmul", "a", 16, 1]]
+    steps += [["reshape", [128, 1 << 20]], ["reduce_sum", 1]]
     checkpoint = open_checkpoint(lm_source)
     draft = artifact.prepare(checkpoint, modeling.task_of(checkpoint), tmp_path)
     metadata, tensors = factored.contents(draft, factor(checkpoint, half))

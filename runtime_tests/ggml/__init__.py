@@ -1,0 +1,1 @@
+"""Speed, memory and parity of edgec's ggml runtime against llama.cpp."""
