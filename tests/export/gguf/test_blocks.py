@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import numpy as np
@@ -10,10 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgec.errors import ExportError
+from edgec.export.artifacts.gguf import whole_core
 from edgec.export.gguf.blocks import blocks, core_of, ggml_type
+from edgec.fit import fit
 from edgec.moments import SecondMoment
 from edgec.quantize import ggml, gptq, rtn
 from edgec.quantize.formats import CoreFormat, QuantizedTensor
+from edgec.records import Spec
 
 gguf: Any = pytest.importorskip("gguf", reason="needs the extra edgec[gguf]")
 
@@ -78,3 +82,19 @@ def test_floats_stay_as_they_are(dtype: Any, kind: str) -> None:
     np.testing.assert_array_equal(blocks(values), values)
     with pytest.raises(ExportError, match="float64"):
         ggml_type(values.astype(np.float64))
+
+
+def test_a_matrix_that_no_type_holds_exactly_is_written_in_floats_and_said(caplog: pytest.LogCaptureFixture) -> None:
+    """Scales below fp16's normal range are stored as fp32, and Q4_0 has no such scales."""
+    weight = 1e-9 * np.random.default_rng(5).standard_normal((8, 64))
+    fitted = fit(weight, Spec("dense"), CoreFormat.parse("int4-b32"))
+    with caplog.at_level(logging.WARNING):
+        core = whole_core(fitted)
+    assert "written in floats" in caplog.text
+    assert isinstance(core, np.ndarray)
+    np.testing.assert_array_equal(core, fitted.dense())
+
+
+def test_a_factored_layer_is_multiplied_out() -> None:
+    fitted = fit(np.random.default_rng(6).standard_normal((64, 96)), Spec("svd", (32,)), CoreFormat(32))
+    np.testing.assert_allclose(np.asarray(whole_core(fitted), np.float32), fitted.dense(), rtol=1e-3, atol=1e-4)
