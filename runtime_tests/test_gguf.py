@@ -20,8 +20,6 @@ pytest.importorskip("llama_cpp", reason="needs the extra edgec[gguf]")
 ASSETS = Path(os.environ.get("EDGEC_ASSETS", Path(__file__).parents[1] / "../shared/assets"))
 SOURCE = ASSETS / "stories260K-hf"
 STORY = "Once upon a time, there was a little girl named Lily. She loved to play outside in the park. One day, she saw"
-    "Once upon a time, there was a little girl named Lily. She loved to play outside in the park. One day, she saw a"
-)
 
 
 @pytest.mark.skipif(not SOURCE.is_dir(), reason="EDGEC_ASSETS has no stories260K-hf")
