@@ -1,7 +1,8 @@
 """The Compressed folder: factors in safetensors, config, tokenizer, plan; `load` gives back a transformers model.
 
 Names: `<layer>.cores.<core>` for floats; `….codes` (packed, uint8), `….scales` and `….zero_points` for quantised ones,
-`….blocks` for ggml's own types. Everything that was not replaced keeps its name. A head that shares its table's cores stores nothing of its own.
+`….blocks` for ggml's own types. Everything that was not replaced keeps its name. A head that shares its table's cores
+stores nothing of its own.
 """
 
 from __future__ import annotations
