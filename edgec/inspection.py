@@ -171,11 +171,14 @@ def doctor(progress: Callable[[str, int, int], None]) -> list[Finding]:
     """Versions, memory, disk, devices, and a tiny random encoder exported and run end to end."""
     import psutil
 
-    from edgec.bench.devices import open_device
+    from edgec.bench.devices import file, kinds, open_device
 
     findings = [
         Finding("device local", True, ", ".join(f"{k} {v}" for k, v in open_device("local").describe().items()))
     ]
+    for kind in kinds():
+        if kind != "local":  # another machine is optional: what it lacks is told, and no failure
+            findings.append(Finding(f"device {kind}", True, "; ".join(file(kind).needs()) or "ready"))
     for name in ("torch", "transformers", "optimum", "onnx", "onnxruntime", "onnxruntime-genai", "safetensors"):
         try:
             findings.append(Finding(name, True, importlib.metadata.version(name)))

@@ -30,6 +30,7 @@ class Job:
     samples: timed samples after `warmup` untimed ones; each repeats its work until `min_sample_s` have passed.
     prompt_tokens, new_tokens, seed: causal LMs; a seeded random prompt, then exactly new_tokens generated.
     sentences: encoders; one batch, and the first of them one by one for the latency of a single sentence.
+    cores, ram_limit_bytes: what the worker holds itself to before it loads its runtime; 0 for no limit.
     """
 
     folder: str
@@ -43,6 +44,8 @@ class Job:
     new_tokens: int = 64
     seed: int = 0
     sentences: tuple[str, ...] = ()
+    cores: int = 0
+    ram_limit_bytes: int = 0
     version: int = JOB_VERSION
 
     def to_json(self) -> bytes:

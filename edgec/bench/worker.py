@@ -23,7 +23,7 @@ from edgec.bench.jobs import Job
 from edgec.errors import BenchError, EdgecError
 from edgec.runtime.artifact import find_loader
 from edgec.runtime.interfaces import CAUSAL_LM, ENCODER, CausalLM, Encoder
-from edgec.runtime.options import RuntimeOptions
+from edgec.runtime.options import RuntimeOptions, one_per_core
 
 _SINGLES = 8
 """Sentences that are timed one by one in each sample [count]."""
@@ -54,6 +54,7 @@ def main() -> int:
 
 def measure(job: Job, say: Callable[..., None]) -> None:
     """Runs one job; `say(event, **values)` gets each answer as it is known."""
+    _hold_back(job)
     folder = Path(job.folder)
     loader = find_loader(folder)
     versions = loader.prepare()
@@ -154,6 +155,22 @@ def memory() -> tuple[int, int]:
         raise BenchError("this platform does not tell a process its own memory") from error
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return peak, peak
+
+
+def _hold_back(job: Job) -> None:
+    """Fewer cores (one logical processor of each) and less private memory, before the runtime counts either.
+
+    RLIMIT_DATA, not RLIMIT_AS: space that is only reserved, and mapped model files, cost no memory of their own.
+    """
+    if job.cores:
+        chosen = one_per_core(os.sched_getaffinity(0))[: job.cores]
+        if len(chosen) < job.cores:
+            raise BenchError(f"{job.cores} cores wanted, {len(chosen)} are there")
+        os.sched_setaffinity(0, chosen)
+    if job.ram_limit_bytes:
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_DATA, (job.ram_limit_bytes, job.ram_limit_bytes))
 
 
 def _protected_stdout() -> IO[str]:

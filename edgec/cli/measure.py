@@ -107,6 +107,9 @@ def bench(
     sts: Annotated[Path | None, typer.Option(help="STS-Benchmark file: Spearman beside the speed")] = None,
     calibration: Calibration = None,
     threads: Annotated[int, typer.Option(help="0: all physical cores")] = 0,
+    device: Annotated[str, typer.Option(help="where to measure: local, ssh:[user@]host[:port]")] = "local",
+    cores: Annotated[int, typer.Option(min=0, help="local: physical cores to run on; 0: all")] = 0,
+    ram_limit: Annotated[str | None, typer.Option("--ram-limit", help="local: private memory, 512MB, 2GB")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="fresh processes per contestant")] = 5,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="causal LMs: prompt length")] = 128,
     new_tokens: Annotated[int, typer.Option(min=1, help="causal LMs: generated length")] = 64,
@@ -129,8 +132,17 @@ def bench(
 
     if bool(artifacts) == bool(shape):
         raise UsageError("give artifact folders or --shape, one of the two")
+    held = [f"cores={cores}"] if cores else []
+    held += [f"ram={ram_limit}"] if ram_limit else []
+    if held and device != "local":
+        raise UsageError("--cores and --ram-limit hold this machine back; they need --device local")
     settings = BenchSettings(
-        threads=threads, rounds=rounds, prompt_tokens=prompt_tokens, new_tokens=new_tokens, batch=batch
+        device=f"local:{','.join(held)}" if held else device,
+        threads=threads,
+        rounds=rounds,
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        batch=batch,
     )
     costs: list[Any] = []
     with tempfile.TemporaryDirectory(prefix="edgec-bench-") as temporary, console.progress() as bars:

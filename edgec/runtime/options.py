@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -57,6 +58,14 @@ def physical_cores() -> int:
         siblings = {_core_of(cpu) for cpu in allowed}
         return max(1, len(siblings))
     return max(1, len(allowed) or os.cpu_count() or 1)
+
+
+def one_per_core(allowed: Iterable[int]) -> list[int]:
+    """The first logical processor of each physical core, in order."""
+    first: dict[str, int] = {}
+    for cpu in sorted(allowed):
+        first.setdefault(_core_of(cpu), cpu)
+    return list(first.values())
 
 
 def _core_of(cpu: int) -> str:

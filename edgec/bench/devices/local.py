@@ -1,4 +1,8 @@
-"""This machine's CPU."""
+"""This machine's CPU, whole or held to fewer cores and less memory: `local`, `local:cores=2,ram=2GB`.
+
+The worker limits itself before its runtime starts (`edgec.bench.worker`), so that no helper program is needed and the
+limit is part of the job that a reader can repeat.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +10,11 @@ import os
 import platform
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import edgec
+from edgec.bench.devices._limits import HostLimits, parse_limits
 from edgec.bench.jobs import Job
 from edgec.errors import UsageError
 from edgec.runtime.options import physical_cores
@@ -18,9 +24,12 @@ PLUGIN = True
 
 
 def create(argument: str) -> LocalDevice:
-    if argument:
-        raise UsageError(f"the device 'local' takes no argument, got {argument!r}")
-    return LocalDevice()
+    limits = parse_limits(argument)
+    if (limits.cores or limits.ram_bytes) and sys.platform != "linux":
+        raise UsageError("limits on cores and memory need Linux")
+    if limits.cores > physical_cores():
+        raise UsageError(f"{limits.cores} cores wanted, this machine gives {physical_cores()}")
+    return LocalDevice(limits)
 
 
 def needs() -> tuple[str, ...]:
@@ -30,11 +39,20 @@ def needs() -> tuple[str, ...]:
 class LocalDevice:
     """Workers are children of this process, with its interpreter and a fixed environment."""
 
-    name = "local"
-    notes: tuple[str, ...] = ()
+    def __init__(self, limits: HostLimits) -> None:
+        self._limits = limits
+        told = []
+        if limits.cores:
+            told.append(f"held to {limits.cores} physical cores")
+        if limits.ram_bytes:
+            told.append(
+                f"held to {limits.ram_bytes / 1e6:.0f} MB of private memory (RLIMIT_DATA: without mapped model files)"
+            )
+        self.name = "local"
+        self.notes: tuple[str, ...] = tuple(told)
 
     def threads(self) -> int:
-        return physical_cores()
+        return self._limits.cores or physical_cores()
 
     def describe(self) -> dict[str, str]:
         return {
@@ -48,7 +66,7 @@ class LocalDevice:
     def measure(self, job: Job, *, timeout_s: float, on_line: Callable[[bytes], bool]) -> Finished:
         return run(
             [sys.executable, "-P", "-m", "edgec.bench.worker"],
-            stdin=job.to_json(),
+            stdin=replace(job, cores=self._limits.cores, ram_limit_bytes=self._limits.ram_bytes).to_json(),
             env=worker_environment(job.threads),
             timeout_s=timeout_s,
             on_line=on_line,
