@@ -27,6 +27,7 @@ VERBS = (
     "run",
     "bench",
     "frontier",
+    "shadow",
     "advise",
     "inspect",
     "targets",
@@ -211,7 +212,8 @@ def _check_damaged(folder: Path, content: Any, said: Said) -> None:
 
 
 def test_targets(capsys: pytest.CaptureFixture[str]) -> None:
-    assert [t["name"] for t in _json(invoke(capsys, "targets", "--json"))] == ["onnx-arm64", "onnx-x64"]
+    names = ["gguf", "gguf-adapter", "gguf-factored", "onnx-arm64", "onnx-x64"]
+    assert [t["name"] for t in _json(invoke(capsys, "targets", "--json"))] == names
     assert _json(invoke(capsys, "targets", "onnx-arm64", "--json"))[0]["rank_multiple"] == 32
     assert "onnx-x64" in invoke(capsys, "targets").out
     assert "int4-b32" in invoke(capsys, "targets", "onnx-arm64").out
