@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import transformers
 from decoder_cases import ASSETS, make_tokenizer
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from edgec.calibration import load_text, load_tokenizer
 from edgec.checkpoint import open_checkpoint
@@ -128,3 +128,27 @@ def test_real_tokenizers(name: str, tmp_path: Path) -> None:
     found = opened(vocabulary(tokenizer, rows), rows, tmp_path / "v.gguf")
     for text in load_text().items[:40]:
         assert found.encode(text) == tokenizer(text)["input_ids"]
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+def test_sentencepiece_with_and_without_a_leading_blank(prefix: bool, tmp_path: Path) -> None:
+    """As Llama 2 (▁ before the text) and Gemma (none) have it, bytes for what is not in the vocabulary."""
+    bytes_ = [f"<0x{i:02X}>" for i in range(256)]
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    replace = normalizers.Replace(" ", "▁")
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), replace]) if prefix else replace
+    special = ["<unk>", "<s>", "</s>"]
+    teacher = trainers.BpeTrainer(vocab_size=700, special_tokens=special + bytes_, show_progress=False)
+    tokenizer.train_from_iterator((word + " " for text in load_text().items[:40] for word in text.split()), teacher)
+    record = json.loads(tokenizer.to_str())
+    record["added_tokens"] = record["added_tokens"][:3]
+    make: Any = transformers.PreTrainedTokenizerFast
+    loaded = make(
+        tokenizer_object=Tokenizer.from_str(json.dumps(record)), bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+    values = vocabulary(loaded, 700)
+    assert values["tokenizer.ggml.model"] == "llama"
+    assert values["tokenizer.ggml.add_space_prefix"] is prefix
+    found = opened(values, 700, tmp_path / "v.gguf")
+    for text in ("plain words, and more", "naïve 🙂", *load_text().items[40:50]):
+        assert found.encode(text) == loaded(text)["input_ids"]
