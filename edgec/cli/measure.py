@@ -163,6 +163,38 @@ def bench(
 
 
 @app.command()
+def shadow(
+    model: Model,
+    artifact: Annotated[Path, typer.Argument(help="folder made by `edgec export`", show_default=False)],
+    traffic: Annotated[Path, typer.Option(help='.jsonl: one string, or {"prompt": …}, per line')],
+    worst: Annotated[int, typer.Option(min=0, help="cases to show, the most divergent first")] = 5,
+    limit: Annotated[int, typer.Option(min=1, max=100_000, help="prompts to replay, from the start of the file")] = 200,
+    max_tokens: Annotated[int, typer.Option(min=1, help="causal LMs: kept of each prompt")] = 512,
+    new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=0, help="causal LMs: greedy answer")] = 32,
+    as_json: Json = False,
+) -> None:
+    """Replay real prompts through the dense MODEL and an artifact, and show where they part, the worst cases to read.
+
+    [dim]edgec shadow ./llama llama-onnx-x64 --traffic prompts.jsonl[/dim]
+    """
+    from edgec import shadow as room
+
+    prompts = room.read_traffic(traffic, limit)
+    with console.progress() as bars:
+        found = room.shadow(model, artifact, prompts, max_tokens=max_tokens, new_tokens=new_tokens, progress=bars)
+    if as_json:
+        print(json.dumps(found.as_dict(), allow_nan=False))
+        return
+    console.print_pairs(out, f"{artifact} against {model}, prompt by prompt", found.summary())
+    for case in found.worst(worst):
+        console.line(out, f"line {case.line}: {case.divergence:.4g} over {case.tokens} tokens")
+        console.line(out, f"  prompt    {case.prompt[:200]!r}", dim=True)
+        if case.differs_at is not None:
+            console.line(out, f"  dense     {case.dense[:200]!r}", dim=True)
+            console.line(out, f"  artifact  {case.artifact[:200]!r} (differs from token {case.differs_at})", dim=True)
+
+
+@app.command()
 def advise(
     model: Model,
     target: TargetOption,

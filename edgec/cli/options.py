@@ -27,7 +27,6 @@ app = typer.Typer(
 out = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 100)
 
 
-
 def _model_folder(model: Path | None) -> Path | None:
     """A .gguf in the place of MODEL becomes a transformers folder here, so that no verb needs to know."""
     from edgec.gguf_header import is_gguf
