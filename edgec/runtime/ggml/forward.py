@@ -22,6 +22,7 @@ class Inputs:
 
     ids, positions [T] int32; places [T] int64: where in the cache. mask, local_mask: flat, [T · positions] F16 or F32
     (0 or −inf). value_places: [T · kv width] int64, where values lie transposed. outputs [n] int32: whose logits.
+    rows: (width, T), the tokens' rows of a table that is one matrix, as stored; order: 0 … T − 1 as int32.
     """
 
     ids: Tensor
@@ -31,6 +32,8 @@ class Inputs:
     outputs: Tensor
     local_mask: Tensor | None = None
     value_places: Tensor | None = None
+    rows: Tensor | None = None
+    order: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,7 @@ class Forward:
     def build(self, inputs: Inputs, cache: Cache, outputs: int) -> Tensor | None:
         """Expands the graph. outputs: how many tokens' logits (0: none, only the cache is filled; then None)."""
         c = self.config
-        x = self._look_up(inputs.ids)
+        x = self._look_up(inputs)
         if c.gemma:
             x = self._node("scale", x, math.sqrt(c.width))
         for layer in range(c.layers):
@@ -84,10 +87,11 @@ class Forward:
         self.lib.build_forward_expand(self.graph, logits)
         return logits
 
-    def _look_up(self, ids: Tensor) -> Tensor:
+    def _look_up(self, inputs: Inputs) -> Tensor:
         if TABLE in self.network.programs:
-            return self._contract(TABLE, ids, self.tokens)
-        return self._node("get_rows", self.weights.plain(f"{TABLE}.weight"), ids)
+            return self._contract(TABLE, inputs.ids, self.tokens)
+        assert inputs.rows is not None and inputs.order is not None
+        return self._node("get_rows", inputs.rows, inputs.order)
 
     def _attention(self, layer: int, x: Tensor, inputs: Inputs, cache: Cache, fill_only: bool) -> Tensor | None:
         c, lib, name = self.config, self.lib, f"blk.{layer}."

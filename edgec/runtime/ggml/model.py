@@ -72,6 +72,7 @@ class GgmlModel:
         self.vocab_size, self.context_length = network.config.vocab, network.config.context
         self._ends = [t for key in _ENDS if (t := _token(header, key, self.vocab_size)) is not None]
         self._vocabulary: Vocabulary | None = None
+        self._stops: frozenset[int] | None = None
         if selftest:
             self._test_itself(header)
 
@@ -104,13 +105,14 @@ class GgmlModel:
 
     def _stream(self, ids: list[int], new: int, sampling: dict[str, Any] | None) -> Iterator[Piece]:
         sampler = _Sampler(self.vocab_size, sampling)
-        ends = {*self._ends, *self.vocabulary.ends()}
+        if self._stops is None:  # llama.cpp is asked about every token, once
+            self._stops = frozenset([*self._ends, *self.vocabulary.ends()])
         text = codecs.getincrementaldecoder("utf-8")("replace")
         self.session.start(len(ids) + new)
         logits = self.session.prefill(ids)
         for done in range(new):
             token = sampler.choose(logits)
-            if token in ends:
+            if token in self._stops:
                 return
             yield Piece(token, text.decode(self.vocabulary.piece(token)))
             if done + 1 < new:

@@ -80,7 +80,7 @@ class Network:
         return found
 
     def uses(self) -> dict[str, Use]:
-        """Every tensor that the graphs read, and how."""
+        """Every tensor that the graphs read, and how. A table's rows come from the file, see `Weights.rows`."""
         product, plain = set(), set(self.vectors())
         for name in self.linears():
             if name in self.programs:
@@ -93,8 +93,6 @@ class Network:
             able, rest = _cores(self.programs[TABLE])
             product |= able
             plain |= rest
-        else:
-            plain.add(f"{TABLE}.weight")
         return {name: Use(name in product, name in plain) for name in sorted(product | plain)}
 
     def nodes(self) -> int:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from edgec.errors import NumericsError, UsageError
 from edgec.runtime.ggml.forward import Cache, Forward, Inputs
 from edgec.runtime.ggml.library import F16, F32, I32, I64, Q8_0
-from edgec.runtime.ggml.network import Network
+from edgec.runtime.ggml.network import TABLE, Network
 from edgec.runtime.ggml.tensors import Allocator, Buffer, Context, Device, Tensor
 from edgec.runtime.ggml.weights import Weights
 from edgec.runtime.interfaces import Floats
@@ -45,12 +45,15 @@ class _Built:
 class _Feed:
     """Input tensors for graphs of `tokens` tokens, in memory of their own, so that their contents stay."""
 
-    def __init__(self, device: Device, network: Network, tokens: int, capacity: int, flash: bool) -> None:
-        self.device, self.tokens, self.window = device, tokens, network.config.window
+    def __init__(
+        self, device: Device, network: Network, weights: Weights, tokens: int, capacity: int, flash: bool
+    ) -> None:
+        self.device, self.weights, self.tokens, self.window = device, weights, tokens, network.config.window
         self._mask_dtype = np.float16 if flash else np.float32
         mask_kind = F16 if flash else F32
-        self._context = context = Context(device.lib, 8)
+        self._context = context = Context(device.lib, 16)
         width = network.config.kv_width
+        table = None if TABLE in network.programs else weights.header.tensors[f"{TABLE}.weight"]
         self.inputs = Inputs(
             ids=context.new(I32, tokens),
             positions=context.new(I32, tokens),
@@ -59,9 +62,13 @@ class _Feed:
             outputs=context.new(I32, tokens),
             local_mask=context.new(mask_kind, tokens * capacity) if self.window else None,
             value_places=None if flash else context.new(I64, tokens * width),
+            rows=context.new(table.type, network.config.width, tokens) if table else None,
+            order=context.new(I32, tokens) if table else None,
         )
         self._strides = np.arange(width, dtype=np.int64)[None, :] * capacity
         self._buffer = device.allocate(context, "the inputs")
+        if self.inputs.order is not None:
+            device.write(self.inputs.order, np.arange(tokens, dtype=np.int32))
         self._seen: tuple[int, int] | None = None
         self._open, self._shut = np.zeros(1, self._mask_dtype), np.full(1, -np.inf, self._mask_dtype)
 
@@ -69,7 +76,10 @@ class _Feed:
         """Tokens at positions start … of which attention reads `seen` cache positions."""
         write, inputs = self.device.write, self.inputs
         positions = np.arange(start, start + len(ids), dtype=np.int64)
-        write(inputs.ids, ids)
+        if inputs.rows is None:
+            write(inputs.ids, ids)
+        else:
+            write(inputs.rows, self.weights.rows(f"{TABLE}.weight", ids))
         write(inputs.positions, positions.astype(np.int32))
         write(inputs.places, positions)
         if inputs.value_places is not None:
@@ -165,6 +175,7 @@ class Session:
             part = whole[at : at + self.chunk]
             final = at + len(part) == len(whole)
             self._run(part, self._logits if final else None)
+        self.weights.forget_rows()
         return self._checked(self._logits)
 
     def every(self, ids: Sequence[int]) -> Floats:
@@ -174,6 +185,7 @@ class Session:
         for at in range(0, len(whole), self.chunk):
             part = whole[at : at + self.chunk]
             self._run(part, found[at : at + len(part)])
+        self.weights.forget_rows()
         return self._checked(found)
 
     def step(self, token: int) -> Floats:
@@ -190,7 +202,7 @@ class Session:
         outputs = 0 if out is None else max(1, out.size // self.network.config.vocab)
         feed = self._feeds.get(tokens)
         if feed is None:
-            feed = _Feed(self.device, self.network, tokens, cache.capacity, self.flash)
+            feed = _Feed(self.device, self.network, self.weights, tokens, cache.capacity, self.flash)
             if len(self._feeds) >= _KEPT_GRAPHS:
                 self._forget()
             self._feeds[tokens] = feed

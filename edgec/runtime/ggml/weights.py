@@ -2,18 +2,22 @@
 
 The file is mapped. A weight that is multiplied with is packed as this CPU's fastest kernels read it, where they have
 such a form (worth 1.3× in decode and 2× in prefill for Q4_0), tensor by tensor, and the pages of the file that it came
-from are dropped at once. Everything else is read from the mapping itself: of a lookup table only the rows of tokens
-that were seen are ever in memory, also where the same table, packed, is the head.
+from are dropped at once. Everything else is read from the mapping itself, except rows of the token table: they are
+read from the file, because the kernel maps 16 pages around each row that a graph touches, and after a prompt that is
+the table.
 """
 
 from __future__ import annotations
 
 import logging
 import mmap
+import os
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from edgec.errors import CheckpointError
 from edgec.gguf_header import GgufHeader, GgufTensor
@@ -53,12 +57,16 @@ class Weights:
         self._buffers: list[Buffer] = []
         self._contexts: list[Context] = []
         packed = self._packed(uses) if pack and device.kind == CPU else {}
-        with header.path.open("rb") as file:
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._file = header.path.open("rb", buffering=0)
+        weakref.finalize(self, self._file.close)
+        self._map = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
         self._bytes = np.frombuffer(self._map, np.uint8)
         last = max((t.offset + t.nbytes for t in header.tensors.values()), default=0)
         if last > len(self._bytes):
             raise CheckpointError(f"{header.path}: became shorter while it was opened")
+        self._tables = [
+            n for n, u in uses.items() if len(header.tensors[n].shape) == 2 and (n in packed or not u.product)
+        ]
         unpacked = {n: u for n, u in uses.items() if u.plain or n not in packed}
         if device.kind == CPU:
             self._map_tensors(unpacked)
@@ -67,8 +75,10 @@ class Weights:
         for name, use in unpacked.items():
             if use.product and name not in packed:
                 self._product[name] = self._plain[name]
+        largest_first = sorted(packed, key=lambda n: -header.tensors[n].nbytes)
         for memory in dict.fromkeys(packed.values()):
-            self._copy([n for n, m in packed.items() if m == memory], memory, self._product)
+            self._copy([n for n in largest_first if packed[n] == memory], memory, self._product)
+        self.forget_rows()
         self.packed_bytes = sum(b.nbytes for b in self._buffers[1:]) if device.kind == CPU else 0
 
     def product(self, core: str) -> Tensor:
@@ -76,6 +86,22 @@ class Weights:
 
     def plain(self, core: str) -> Tensor:
         return self._plain[core]
+
+    def rows(self, name: str, ids: NDArray[np.int32]) -> NDArray[np.uint8]:
+        """Rows of a matrix as they are stored: ids [T] → [T, row bytes]. Raises CheckpointError."""
+        info = self.header.tensors[name]
+        size = info.nbytes // info.shape[0]
+        raw = b"".join(os.pread(self._file.fileno(), size, info.offset + int(row) * size) for row in ids)
+        if len(raw) != size * len(ids):
+            raise CheckpointError(f"{self.header.path}: became shorter while it was in use")
+        return np.frombuffer(raw, np.uint8).reshape(len(ids), size)
+
+    def forget_rows(self) -> None:
+        """Let go of the pages of lookup tables: the kernel maps many around each row that was read, and after a prompt
+        that is most of a table. Rows that come again are read again from the page cache.
+        """
+        for name in self._tables:
+            self._advise(self.header.tensors[name], mmap.MADV_DONTNEED)
 
     def _packed(self, uses: Mapping[str, Use]) -> dict[str, int]:
         """Tensor → the memory in which its products are fastest, for those that any packed memory takes."""
