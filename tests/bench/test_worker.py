@@ -57,6 +57,13 @@ def test_it_runs_from_the_files_that_are_copied_to_a_device(encoder_folder: Path
     environment = {**worker_environment(1), "PYTHONPATH": str(target.parent)}
     where = run([sys.executable, "-P", "-c", "import edgec; print(edgec.__file__)"], env=environment, timeout_s=60)
     assert where.stdout.decode().strip() == str(target / "__init__.py")
+    every = (
+        "import importlib, pkgutil, edgec.runtime as room\n"
+        "names = [m.name for m in pkgutil.walk_packages(room.__path__, 'edgec.runtime.')]\n"
+        "print(len([importlib.import_module(name) for name in names]))"
+    )
+    whole = run([sys.executable, "-P", "-c", every], env=environment, timeout_s=60)
+    assert whole.ok and int(whole.stdout) > 5, whole.stderr.decode()[-500:]
     answers, finished = work(encoder_job(encoder_folder), env=environment, cwd=target.parent)
     assert finished.ok and answers.done, (answers, finished)
 
