@@ -1,6 +1,6 @@
 """What a GGUF file's metadata say about the blocks: sizes, norms, rotations, windows, caps.
 
-Five architectures, one block: they differ in where they normalise, how they rotate, and which activation gates. What
+Six architectures, one block: they differ in where they normalise, how they rotate, and which activation gates. What
 llama.cpp computes where a key is missing is computed here too (its `load_arch_hparams`); kinds of rope scaling that
 edgec does not run are refused.
 """
