@@ -217,7 +217,7 @@ def print_bench(out: Console, rows: Sequence[Measurement], costs: Sequence[Any],
     from edgec.report import measurement_table, to_json
 
     if as_json:
-        body = json.loads(to_json(rows, machine=machine(), commands=["edgec " + " ".join(sys.argv[1:])]))
+        body = json.loads(to_json(rows, machine=machine(rows[0].device), commands=["edgec " + " ".join(sys.argv[1:])]))
         body["exports"] = [vars(cost) for cost in costs]
         sys.stdout.write(json.dumps(body) + "\n")
         return
@@ -254,18 +254,19 @@ def write_bench_report(
         title=f"edgec: {artifacts[0].name}" if artifacts else "edgec bench",
         measurements=rows,
         plan=plan,
-        machine=machine(),
+        machine=machine(rows[0].device),
         commands=commands,
         subject=rows[0].contestant,
         reference=reference,
     )
 
 
-def machine() -> dict[str, str]:
-    """What a reader needs to judge a timing."""
+def machine(device: str) -> dict[str, str]:
+    """What a reader needs to judge a timing that was taken on this device."""
     from edgec.bench.devices import open_device
 
-    return {**{k: str(v) for k, v in open_device("local").describe().items()}, "python": platform.python_version()}
+    described = {k: str(v) for k, v in open_device(device).describe().items()}
+    return {**described, "edgec's python": platform.python_version()}
 
 
 def print_frontier(out: Console, found: Any, folder: Path) -> None:

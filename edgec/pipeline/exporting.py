@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
-import importlib.metadata
 import json
 import logging
-import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from edgec import healing, modeling, outputs
-from edgec._version import __version__
+from edgec import healing, outputs
 from edgec.checkpoint import Checkpoint
 from edgec.compress import store
 from edgec.compress.overlay import write_overlay
-from edgec.errors import BudgetError, PlanError, UsageError
-from edgec.export import verify
+from edgec.errors import BudgetError, UsageError
 from edgec.export.artifacts import ArtifactKind, Written, kind_of
 from edgec.export.targets import get_target
 from edgec.fit import Factors
 from edgec.heal.settings import HealSettings
-from edgec.modeling import DECODER_TASK
+from edgec.pipeline.from_compressed import from_compressed, reconstructed_folder, ships_as_it_is
 from edgec.pipeline.pace import paced, parse_latency
 from edgec.pipeline.stages import (
     Goal,
@@ -38,13 +33,13 @@ from edgec.pipeline.stages import (
     search_plan,
     silent,
 )
+from edgec.pipeline.verified import Product, verified_manifest
 from edgec.plan.acceptance import parse_max_loss
 from edgec.plan.budget import Budget, parse_budget
-from edgec.plan.planner import Sizes, check_plan, finalists, plan_of
+from edgec.plan.planner import Sizes, finalists, plan_of
 from edgec.plan.refine import Evaluate, Search, key_of
 from edgec.profile.store import Profile
-from edgec.records import MANIFEST_NAME, MANIFEST_VERSION, Plan, Target, as_dict
-from edgec.runtime.ort_encoder import OrtEncoder
+from edgec.records import MANIFEST_NAME, Plan, Target
 from edgec.workspace import Workspace
 
 logger = logging.getLogger(__name__)
@@ -89,17 +84,6 @@ class Exported:
     manifest: Mapping[str, Any]
 
 
-@dataclass(frozen=True)
-class _Product:
-    """A plan made real. source: the checkpoint whose biases and norms ship, which healing may have changed."""
-
-    plan: Plan
-    factors: Mapping[str, Factors]
-    written: Written
-    source: Checkpoint
-    healing: Mapping[str, Any] = field(default_factory=dict)
-
-
 class _Export:
     """One export under way."""
 
@@ -108,7 +92,7 @@ class _Export:
         self.workspace = Workspace(request.model, request.calibration)
         self.kind = kind_of(target)
 
-    def run(self, goal: Goal) -> _Product:
+    def run(self, goal: Goal) -> Product:
         request, workspace = self.request, self.workspace
         self.kind.refuse_unsupported(workspace.checkpoint, workspace.task)
         workspace.require_finite()
@@ -119,7 +103,7 @@ class _Export:
             return self._healed(product, None, [])
         return self._planned(goal)
 
-    def _planned(self, goal: Goal) -> _Product:
+    def _planned(self, goal: Goal) -> Product:
         """Plan, fit and write until the files that were really written are within the budget; then heal."""
         workspace = self.workspace
         self.progress("building the graph", 0, 1)
@@ -183,15 +167,15 @@ class _Export:
         logger.warning("%s", note)
         return replace(made, notes=(*made.notes, note))
 
-    def _written(self, plan: Plan, factors: Mapping[str, Factors], source: Checkpoint, draft: Any = None) -> _Product:
+    def _written(self, plan: Plan, factors: Mapping[str, Factors], source: Checkpoint, draft: Any = None) -> Product:
         """draft: the source's dense graph, or what the kind has instead, where it is at hand; it is used up."""
         draft = draft or self.kind.prepare(source, self.workspace.task, self.work)
         written = _write(self.kind, source, draft, factors, self.target, self.stage, self.progress)
-        return _Product(plan, factors, written, source)
+        return Product(plan, factors, written, source)
 
     def _healed(
-        self, product: _Product, found: Profile | None, rivals: Sequence[Plan], budget: Budget | None = None
-    ) -> _Product:
+        self, product: Product, found: Profile | None, rivals: Sequence[Plan], budget: Budget | None = None
+    ) -> Product:
         """The product after healing, which is the product itself where healing is off or does not help."""
         settings = self.request.heal
         if settings.mode == "off":
@@ -248,7 +232,7 @@ def export(request: ExportRequest, progress: Progress = silent) -> Exported:
     outputs.check_free(request.out, force=request.force)
     kind = kind_of(target)
     compressed = store.is_compressed(request.model)
-    reconstructed = compressed and kind.RECONSTRUCTS and not _ships_as_it_is(request.model, target)
+    reconstructed = compressed and kind.RECONSTRUCTS and not ships_as_it_is(request.model, target)
     compressed = compressed and not reconstructed
     if compressed and (request.plan or request.budget or request.max_loss or request.profile):
         raise UsageError(
@@ -263,16 +247,18 @@ def export(request: ExportRequest, progress: Progress = silent) -> Exported:
     with outputs.staged_folder(out, force=request.force) as stage, outputs.work_folder(out) as work:
         if compressed:
             request = replace(request, quality=False)  # its dense original is not here to compare with
-            workspace, made, factors = _from_compressed(request, target, work)
+            workspace, made, factors = from_compressed(request.model, request.out, request.calibration, target, work)
             draft = kind.prepare(workspace.checkpoint, workspace.task, work)
             written = _write(kind, workspace.checkpoint, draft, factors, target, stage, progress)
-            product = _Product(made, factors, written, workspace.checkpoint)
+            product = Product(made, factors, written, workspace.checkpoint)
         else:
             if reconstructed:
-                request = replace(request, model=_reconstructed(request, work))
+                request = replace(request, model=reconstructed_folder(request.model, target, work))
             run = _Export(request, target, stage, work, progress)
             workspace, product = run.workspace, run.run(goal)
-        manifest = _verified_manifest(workspace, product, target, stage, request, progress, work)
+        manifest = verified_manifest(
+            workspace, product, target, stage, work, quality=request.quality, progress=progress
+        )
         (stage / MANIFEST_NAME).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n", encoding="utf-8")
         if goal.budget is not None and product.plan.budget == str(goal.budget):
             _require_within(goal.budget, stage, product.written)
@@ -317,112 +303,3 @@ def _write(
     written = kind.write(draft, factors, target, stage, lambda d, t: progress("writing", d, t))
     kind.write_companions(source, draft, stage)
     return written
-
-
-def _ships_as_it_is(folder: Path, target: Target) -> bool:
-    """Can the target run every stored layer of a compressed folder, so that no number changes?"""
-    opened = store.open_compressed(folder)
-    layers = modeling.layers(modeling.without_memory(opened.checkpoint))
-    try:
-        check_plan(replace(opened.plan, fingerprint=""), layers, target, "")
-    except PlanError:
-        return False
-    return True
-
-
-def _reconstructed(request: ExportRequest, work: Path) -> Path:
-    """A compressed folder as the dense checkpoint that it stands for, to be quantised anew: for runtimes that have no
-    factored layers.
-    """
-    opened = store.open_compressed(request.model)
-    opened.checkpoint.check_finite()
-    logger.warning(
-        "%s: %s has no factored layers; they are reconstructed and quantised anew, and quality is measured against "
-        "the reconstruction (`edgec eval --model DENSE` compares with the original)",
-        request.model,
-        request.target,
-    )
-    return store.densify(opened, work / "dense").folder
-
-
-def _from_compressed(request: ExportRequest, target: Target, work: Path) -> tuple[Workspace, Plan, dict[str, Factors]]:
-    """A compressed folder as a workspace over its densified weights, its plan, its factors as they were stored."""
-    opened = store.open_compressed(request.model)
-    kind_of(target).refuse_unsupported(opened.checkpoint, modeling.task_of(opened.checkpoint))
-    opened.checkpoint.check_finite()
-    checkpoint = store.densify(opened, work / "dense")
-    workspace = Workspace(checkpoint.folder, request.calibration)
-    check_plan(replace(opened.plan, fingerprint=""), workspace.layers, target, "")
-    note = f"exported from a compressed folder: `edgec eval {request.out.name} --model DENSE` measures its quality"
-    return workspace, replace(opened.plan, notes=(*opened.plan.notes, note)), store.read_factors(opened)
-
-
-def _verified_manifest(
-    workspace: Workspace,
-    product: _Product,
-    target: Target,
-    stage: Path,
-    request: ExportRequest,
-    progress: Progress,
-    work: Path,
-) -> dict[str, Any]:
-    """Parity, then quality of the shipped files, then the manifest that records both. Raises VerificationError."""
-    made, factors, written = product.plan, product.factors, product.written
-    kind = kind_of(target)
-    progress("verifying", 0, 3)
-    batches = workspace.report_batches if request.quality else workspace.random_batches
-    compressed = store.assemble(product.source, factors)
-    parity = kind.parity(stage, compressed, workspace.task, batches, work)
-    del compressed
-    progress("verifying", 1, 3)
-    quality = measure_quality(workspace, stage) if request.quality else {}
-    progress("verifying", 2, 3)
-    hashes = {str(f.relative_to(stage)): _sha256(f) for f in sorted(stage.rglob("*")) if f.is_file()}
-    progress("verifying", 3, 3)
-    parameters = workspace.checkpoint.parameters
-    return {
-        "kind": "artifact",
-        "version": MANIFEST_VERSION,
-        "edgec": __version__,
-        "task": workspace.task,
-        "target": target.name,
-        "fingerprint": made.fingerprint,
-        "versions": _versions(kind),
-        "plan": as_dict(made),
-        "sizes": {
-            "model_bytes": written.model_bytes,
-            "dense_fp16_bytes": 2 * parameters,
-            "parameters": parameters,
-            "total_bpw": 8 * written.model_bytes / parameters,
-            "linear_bpw": made.linear_bpw(),
-            "layers": {name: fitted.stored_bytes for name, fitted in sorted(factors.items())},
-            **({"types": dict(written.types)} if written.types else {}),
-        },
-        "notes": list(written.notes),
-        "healing": dict(product.healing),
-        "parity": asdict(parity),
-        "quality": quality,
-        "files": hashes,
-    }
-
-
-def measure_quality(workspace: Workspace, artifact: Path) -> dict[str, Any]:
-    """Quality of an exported folder against the dense model on held-out text, by the runtime that will execute it."""
-    batches = workspace.report_batches
-    if workspace.task == DECODER_TASK:
-        decoder = verify.decoder_of(artifact)
-        found = workspace.language_quality(lambda ids: verify.stacked_logits(decoder, ids), batches)
-        return {**asdict(found), "perplexity_ratio": found.perplexity / found.dense_perplexity, "text": batches.origin}
-    encoder = OrtEncoder(artifact)
-    vectors = verify.stacked_embeddings(encoder, batches)
-    return {**asdict(workspace.encoder_quality(vectors, batches)), "text": batches.origin}
-
-
-def _versions(kind: ArtifactKind) -> dict[str, str]:
-    names = ("torch", "transformers", *kind.PACKAGES, "numpy")
-    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in names}}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

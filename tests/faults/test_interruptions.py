@@ -193,7 +193,7 @@ def test_out_of_memory_and_bugs_are_one_line_too(
             r"out of memory",
         ),
     ):
-        monkeypatch.setattr(exporting, "_verified_manifest", raising(error))
+        monkeypatch.setattr(exporting, "verified_manifest", raising(error))
         check_failure(invoke(capsys, *_words(lm_source, room / "out")), code, message)
         assert tree(room) == before
 
