@@ -47,6 +47,10 @@ FIGURES: Mapping[str, tuple[str, str]] = {
     "headlines": ("The sources' headlines", "python -m runtime_tests.frontier headlines --heal 600steps"),
     "streaming": ("Compression of models too large to hold", "python -m runtime_tests.streaming"),
     "shape-1b": ("Llama 3.2 1B shape on onnxruntime", "edgec bench --shape llama-3.2-1b --rounds 3"),
+    "ggml": (
+        "Factored and dense GGUF files, random weights, against llama.cpp",
+        "python -m runtime_tests.ggml.figures --size 300m --size 1b",
+    ),
     "arm64": ("arm64 against x86-64", "python -m runtime_tests.arm64.figures"),
 }
 """Name → (heading, command). Commands without a shell's characters: they are split, not interpreted."""
