@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from edgec.bench.devices.local import LocalDevice
+from edgec.bench.devices import open_device
 from edgec.outputs import written_file
 
 FILE = Path(__file__).resolve().parents[1] / "RESULTS.md"
@@ -74,7 +74,7 @@ def section(name: str, output: str, seconds: float) -> str:
 
 
 def machine() -> str:
-    told = LocalDevice().describe()
+    told = open_device("local").describe()
     known = []
     for package in _PACKAGES:
         try:
