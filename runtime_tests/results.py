@@ -49,7 +49,7 @@ FIGURES: Mapping[str, tuple[str, str]] = {
     "shape-1b": ("Llama 3.2 1B shape on onnxruntime", "edgec bench --shape llama-3.2-1b --rounds 3"),
     "ggml": (
         "Factored and dense GGUF files, random weights, against llama.cpp",
-        "python -m runtime_tests.ggml.figures --size 300m --size 1b",
+        "python -m runtime_tests.ggml.figures --threads 2 --rounds 3",
     ),
     "arm64": ("arm64 against x86-64", "python -m runtime_tests.arm64.figures"),
 }
