@@ -231,6 +231,8 @@ class _Parser:
         self._can_hold(pairs, _LEAST_PAIR, "metadata pairs")
         if count > limits.MAX_TENSORS:
             self._refuse(f"{count} tensors, at most {limits.MAX_TENSORS} are read")
+        if pairs > limits.MAX_GGUF_PAIRS:
+            self._refuse(f"{pairs} metadata pairs, at most {limits.MAX_GGUF_PAIRS} are read")
         metadata = self._metadata(pairs)
         alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
         if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):

@@ -14,6 +14,9 @@ MAX_SAFETENSORS_HEADER_BYTES = 100_000_000
 MAX_GGUF_HEADER_BYTES = 128 * 1024 * 1024
 """Most metadata and tensor infos of one GGUF file [bytes]; 262,000 tokens with merges take about 15 MB."""
 
+MAX_GGUF_PAIRS = 65_536
+"""Most metadata pairs of one GGUF file [count]; models have some dozens."""
+
 MAX_GGUF_KEY_BYTES = 65_535
 """Longest metadata key of a GGUF file [bytes]; the format's own limit."""
 

@@ -38,7 +38,8 @@ FIGURES: Mapping[str, tuple[str, str]] = {
     ),
     "frontier-pycode-lm": (
         "A small Llama of Python source, every method at equal bits",
-        "python -m runtime_tests.frontier pycode-lm --search greedy:40s --heal 300steps --peers rtn,gptq,svd_llm,tt,ggml",
+        "python -m runtime_tests.frontier pycode-lm --search greedy:40s --heal 300steps "
+        "--peers rtn,gptq,svd_llm,tt,ggml",
     ),
     "frontier-stories": (
         "stories260K, every method at equal bits",

@@ -40,8 +40,13 @@ def resolve(model: Path) -> Path:
     if not is_gguf(model):
         return model
     room = tempfile.TemporaryDirectory(prefix="edgec-gguf-")
+    try:
+        folder = write_folder(model, Path(room.name) / model.stem)
+    except BaseException:
+        room.cleanup()
+        raise
     _kept.append(room)
-    return write_folder(model, Path(room.name) / model.stem)
+    return folder
 
 
 def write_folder(path: Path, out: Path) -> Path:

@@ -154,7 +154,7 @@ def _rope(header: GgufHeader, family: str, head_dim: int) -> dict[str, Any]:
     theta = header.number(f"{family}.rope.freq_base", 10_000.0)
     prefix = f"{family}.rope.scaling."
     stated = {key.removeprefix(prefix) for key in header.metadata if key.startswith(prefix)}
-    kind = header.text(prefix + "type", "none")
+    kind = header.text(prefix + "type", "linear" if prefix + "factor" in header.metadata else "none")
     if f"{family}.rope.scale_linear" in header.metadata or not stated <= _SCALING:
         unknown = sorted(stated - _SCALING) or ["rope.scale_linear"]
         raise UnsupportedModelError(f"{header.path}: rotary scaling with {unknown[0]!r}, which edgec does not read")

@@ -129,6 +129,8 @@ class Ggml:
         if not np.isfinite(weight).all() or (importance is not None and not np.isfinite(importance).all()):
             raise NumericsError("the weight or its importance holds NaN or Inf")  # ggml would end the process
         n, k = weight.shape
+        if importance is not None and importance.shape != (k,):
+            raise NumericsError(f"an importance of {importance.shape} for rows of {k}; profile the model again")
         found = self._types[name]
         source = np.ascontiguousarray(weight, dtype=np.float32)
         row = int(self._library.ggml_row_size(found.number, k))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import codecs
 import ctypes
 import logging
+import math
 import weakref
 from collections.abc import Iterator, Sequence
 from functools import cache
@@ -118,6 +119,8 @@ class Vocabulary:
         """What a token adds to the text; nothing for a special one."""
         if not self.there:
             return b""
+        if not 0 <= token < self.size:
+            raise UsageError(f"token id {token} is outside the vocabulary of {self.size}")
         room = 256
         buffer = ctypes.create_string_buffer(room)
         count = self._lib.llama_token_to_piece(self._vocab, token, buffer, room, 0, False)
@@ -160,6 +163,7 @@ class LlamaCpp:
         self._context: Any = None
         self._free_context: Any = None
         self._room = 0
+        self._run = 0
 
     def encode(self, text: str) -> list[int]:
         return self.vocabulary.encode(text)
@@ -185,13 +189,14 @@ class LlamaCpp:
         text = codecs.getincrementaldecoder("utf-8")("replace")
         chain = sampler_chain(self._lib, sampling, self.vocab_size)
         try:
-            context = self._fresh_context(len(ids) + new)
+            context, run = self._fresh_context(len(ids) + new), self._run
             self._prefill(context, ids)
             for position in range(len(ids), len(ids) + new):
                 token = int(self._lib.llama_sampler_sample(chain, context, -1))
                 if token in self._ends:
                     return
                 yield Piece(token, text.decode(self.vocabulary.piece(token)))
+                self._require(run)
                 if position + 1 < len(ids) + new:
                     self._decode(context, [token])
         finally:
@@ -204,13 +209,14 @@ class LlamaCpp:
         """
         flat = [int(i) for i in ids]
         self._check(flat, new_tokens)
-        context = self._fresh_context(len(flat) + new_tokens)
+        context, run = self._fresh_context(len(flat) + new_tokens), self._run
         self._prefill(context, flat)
         for done in range(new_tokens):
             values = self._last_logits(context, 1)[0]
             values[self._ends] = -np.inf
             token = int(values.argmax())
             yield token
+            self._require(run)
             if done + 1 < new_tokens:
                 self._decode(context, [token])
 
@@ -222,7 +228,7 @@ class LlamaCpp:
         """The same as an iterator of [≤ chunk, V], for vocabularies whose full [T, V] would not fit in memory."""
         flat = [int(i) for i in np.asarray(ids).reshape(-1)]
         self._check(flat, 0)
-        context = self._fresh_context(len(flat))
+        context, run = self._fresh_context(len(flat)), self._run
         for start in range(0, len(flat), chunk):
             part = flat[start : start + chunk]
             self._decode(context, part, every=True)
@@ -230,6 +236,12 @@ class LlamaCpp:
             if not np.isfinite(values).all():
                 raise NumericsError(f"{self.folder} answered NaN or Inf at position {start} or later")
             yield values
+            self._require(run)
+
+    def _require(self, run: int) -> None:
+        """The one context is still this run's: another may have cleared it, or freed it for a larger one."""
+        if self._run != run:
+            raise UsageError("another text was begun on this model meanwhile; finish one at a time, or load it twice")
 
     def _prefill(self, context: Any, ids: list[int]) -> None:
         for start in range(0, len(ids), _BATCH):
@@ -254,6 +266,7 @@ class LlamaCpp:
 
     def _fresh_context(self, total: int) -> Any:
         """An empty context with room for `total` tokens; the last one when it is of the right size, cleared."""
+        self._run += 1
         if self._context is None or not total <= self._room <= max(2 * total, 512):
             if self._free_context is not None:
                 self._free_context()
@@ -270,6 +283,7 @@ class LlamaCpp:
             if self._adapter is not None:
                 adapters = (self._lib.llama_adapter_lora_p_ctypes * 1)(self._adapter)
                 if self._lib.llama_set_adapters_lora(self._context, adapters, 1, (ctypes.c_float * 1)(1.0)):
+                    self._context = None  # or the next call would run without the adapter
                     raise CheckpointError(f"llama.cpp refuses the adapter of {self.folder}")
         self._lib.llama_memory_clear(self._lib.llama_get_memory(self._context), False)
         return self._context
@@ -300,6 +314,10 @@ def sampler_chain(lib: Any, sampling: dict[str, Any] | None, vocab_size: int) ->
         lib.llama_sampler_chain_add(chain, lib.llama_sampler_init_greedy())
         return chain
     found = {**_SAMPLING, **sampling}
+    for name in ("repetition_penalty", "top_p"):
+        if not 0 < float(found[name]) < math.inf:
+            lib.llama_sampler_free(chain)
+            raise UsageError(f"{name} must be above 0, got {found[name]}")
     if found["repetition_penalty"] != 1.0:
         penalties = lib.llama_sampler_init_penalties(vocab_size, 64, float(found["repetition_penalty"]), 0.0, 0.0)
         lib.llama_sampler_chain_add(chain, penalties)

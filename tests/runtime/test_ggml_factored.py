@@ -305,6 +305,32 @@ def test_a_program_that_explodes_is_refused(lm_source: Path, tmp_path: Path) -> 
         GgmlModel(tmp_path / "wide.gguf", ONE)
 
 
+@pytest.mark.parametrize(
+    ("layer", "steps", "message"),
+    [
+        ("blk.0.attn_q", [["matmul", "a", 1, 128], ["reduce_sum", 0], ["gather", "t", 128, 128]], "looks up numbers"),
+        ("token_embd", [["gather", "table", 320, 128]], "a head of its own"),
+    ],
+)
+def test_programs_that_would_end_the_process_are_refused(
+    layer: str, steps: list[Any], message: str, lm_source: Path, tmp_path: Path
+) -> None:
+    checkpoint = open_checkpoint(lm_source)
+    draft = artifact.prepare(checkpoint, modeling.task_of(checkpoint), tmp_path)
+    metadata, tensors = factored.contents(draft, factor(checkpoint, half))
+    programs = json.loads(str(metadata["edgec.programs"]))
+    programs[layer] = {"cores": {step[1]: step[1] for step in steps if isinstance(step[1], str)}, "steps": steps}
+    programs[layer] |= {"in": 320, "out": 128} if layer == "token_embd" else {"in": 128, "out": 128}
+    programs.pop("output", None)
+    metadata["edgec.programs"] = json.dumps(programs)
+    more = {"a": (1, 128), "t": (128, 128), "table": (320, 128)}
+    added = [tensor_of(name, np.ones(shape, np.float32)) for name, shape in more.items()]
+    kept = [t for t in tensors if not t.name.startswith("output.") or t.name == "output_norm.weight"]
+    write_gguf(tmp_path / "lie.gguf", metadata, [*kept, *added])
+    with pytest.raises(CheckpointError, match=message):
+        GgmlModel(tmp_path / "lie.gguf", ONE)
+
+
 def test_without_the_extra_the_message_says_how_to_get_it(
     small: Path, lm_source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -235,6 +235,9 @@ def test_not_a_number_is_told(folder: Path) -> None:
     ("metadata", "error", "message"),
     [
         ({"llama.rope.scaling.type": "yarn"}, UnsupportedModelError, "yarn"),
+        ({"llama.attention.layer_norm_rms_epsilon": -1.0}, CheckpointError, "epsilon of -1"),
+        ({"llama.rope.freq_base": 0.0}, CheckpointError, "base 0"),
+        ({"llama.rope.scaling.factor": -2.0}, CheckpointError, "scaling by -2"),
         ({"llama.expert_count": 8}, UnsupportedModelError, "mixture"),
         ({"llama.attention.head_count": 3}, UnsupportedModelError, "3 heads"),
         ({"llama.feed_forward_length": 64}, CheckpointError, r"expected \[64, 64\]"),
@@ -250,6 +253,16 @@ def test_metadata_that_contradict_the_tensors(
     path = write_random(folder / "odd.gguf", "llama", "fp32", **metadata)
     with pytest.raises(error, match=message):
         GgmlModel(path, RuntimeOptions(threads=1))
+
+
+def test_one_text_at_a_time(folder: Path) -> None:
+    """The cache is of one text: who goes on with an older one must not get tokens of the newer."""
+    model = GgmlModel(dense(folder, "llama", "fp32"), RuntimeOptions(threads=1))
+    first = model.forced(ids_of(5), 4)
+    next(first)
+    model.logits(np.array(ids_of(9)))
+    with pytest.raises(UsageError, match="another text was begun"):
+        next(first)
 
 
 def test_settings_that_cannot_be_meant(folder: Path) -> None:

@@ -85,6 +85,19 @@ def test_one_context_serves_many_calls(model: LlamaCpp) -> None:
     np.testing.assert_array_equal(model.logits(ids), before)
 
 
+def test_one_text_at_a_time(model: LlamaCpp) -> None:
+    """The one context may have been freed for a larger one; and an id outside the vocabulary would end the process."""
+    first = model.generate("abc", 20)
+    next(first)
+    model.logits(np.arange(5, 100))
+    with pytest.raises(UsageError, match="another text was begun"):
+        next(first)
+    with pytest.raises(UsageError, match="outside the vocabulary"):
+        model.decode([10**6])
+    with pytest.raises(UsageError, match="repetition_penalty must be above 0"):
+        next(model.generate("abc", 1, greedy=False, repetition_penalty=0.0))
+
+
 def test_sampling_is_seeded(model: LlamaCpp) -> None:
     def sampled(seed: int) -> list[int]:
         options = {"temperature": 1.5, "top_k": 50, "top_p": 0.95, "repetition_penalty": 1.1, "random_seed": seed}

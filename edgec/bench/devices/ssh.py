@@ -76,7 +76,7 @@ class SshDevice:
         self._folder = ""
         self._pushed: dict[str, str] = {}
         self._told: dict[str, str] = {}
-        self._cores = 0
+        self._cores = self._copies = 0
 
     def threads(self) -> int:
         self.describe()
@@ -85,7 +85,7 @@ class SshDevice:
     def describe(self) -> dict[str, str]:
         """Raises BenchError where the machine cannot be reached or its Python cannot run the worker."""
         if not self._told:
-            words = ["env", *assigned({"PYTHONPATH": self._home()}), _python(), "-"]
+            words = ["env", *assigned({"PYTHONPATH": self._home()}), _python(), "-P", "-"]
             told = self._answer(words, stdin=_DESCRIBE.encode())
             try:
                 found = json.loads(told.splitlines()[-1])
@@ -105,7 +105,7 @@ class SshDevice:
 
     def measure(self, job: Job, *, timeout_s: float, on_line: Callable[[bytes], bool]) -> Finished:
         home, there = self._home(), self._push(Path(job.folder))
-        words = ["env", *assigned(worker_settings(job.threads, home)), _python(), "-m", "edgec.bench.worker"]
+        words = ["env", *assigned(worker_settings(job.threads, home)), _python(), "-P", "-m", "edgec.bench.worker"]
         return run(self._ssh(words), stdin=replace(job, folder=there).to_json(), timeout_s=timeout_s, on_line=on_line)
 
     def _home(self) -> str:
@@ -116,8 +116,12 @@ class SshDevice:
                 raise BenchError(f"{self.name}: mktemp answered {made[:80]!r}, expected a folder in /tmp")
             self._folder = made
             atexit.register(self.close)
-            with tempfile.TemporaryDirectory(prefix="edgec-ssh-") as room:
-                self._copy(copy_worker(WORKER_FILES, Path(room)), "edgec")
+            try:
+                with tempfile.TemporaryDirectory(prefix="edgec-ssh-") as room:
+                    self._copy(copy_worker(WORKER_FILES, Path(room)), "edgec")
+            except BenchError:
+                self.close()  # or the next call would find a folder without a worker
+                raise
         return self._folder
 
     def _push(self, folder: Path) -> str:
@@ -125,7 +129,8 @@ class SshDevice:
         key = str(folder)
         if key not in self._pushed:
             self._home()
-            name = f"artifact{len(self._pushed)}"
+            name = f"artifact{self._copies}"
+            self._copies += 1  # a copy that failed half-way is never taken up again
             self._copy(pushable(folder), name)
             self._pushed[key] = f"{self._folder}/{name}"
         return self._pushed[key]

@@ -53,6 +53,7 @@ def write(
     out: Path,
     progress: Callable[[int, int], None],
 ) -> Written:
+    (out / ADAPTER_FILE).unlink(missing_ok=True)  # of an earlier plan of the same export
     whole: dict[str, Core] = {}
     corrections: list[GgufTensor] = []
     for layer, fitted in factors.items():

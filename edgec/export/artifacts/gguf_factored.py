@@ -10,6 +10,7 @@ import transformers
 
 from edgec.calibration import Batches
 from edgec.checkpoint import Checkpoint
+from edgec.errors import UnsupportedModelError
 from edgec.export import verify
 from edgec.export.artifacts import Written
 from edgec.export.artifacts.gguf import metadata_bytes
@@ -36,6 +37,11 @@ _PROGRAM_BYTES = 320
 
 def refuse_unsupported(checkpoint: Checkpoint, task: str) -> None:
     stock.refuse_unsupported(checkpoint, task)
+    rope = checkpoint.config.get("rope_parameters") or checkpoint.config.get("rope_scaling") or {}
+    if "yarn" in str(rope):
+        raise UnsupportedModelError(
+            f"{checkpoint.folder}: YaRN rotary scaling, which edgec's ggml runtime does not compute; use --target gguf"
+        )
     import_gguf()
     library()
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgec.contraction import Contraction, Scale, walk
+from edgec.contraction import Contraction, Gather, MatMul, Scale, walk
 from edgec.errors import ExportError
 from edgec.export.gguf import stock
 from edgec.export.gguf.metadata import ROPE_FREQS, Value, norm_offset, rope_divisors
@@ -138,7 +138,7 @@ def _name(draft: stock.Draft, layer: str) -> str:
 
 def _whole(contraction: Contraction) -> bool:
     """Is the layer one matrix, multiplied with or looked up in?"""
-    return len(contraction.steps) == 1 and hasattr(contraction.steps[0], "core")
+    return len(contraction.steps) == 1 and isinstance(contraction.steps[0], MatMul | Gather)
 
 
 def _widened(core: Core) -> Core:

@@ -63,10 +63,10 @@ def hyperparameters(config: Any, name: str) -> dict[str, Value]:
     if arch in ("gemma2", "gemma3"):
         values.update(_windows(config, arch))
     if arch == "gemma2":
-        # 0 switches a cap off in neither of them; a very large one does nothing
+        # Where a cap is missing, or 0, llama.cpp takes the usual one; a very large one does nothing.
         values[f"{arch}.attn_logit_softcapping"] = float(config.attn_logit_softcapping or 1e30)
-    if arch in ("gemma2", "gemma3") and config.final_logit_softcapping:
-        values[f"{arch}.final_logit_softcapping"] = float(config.final_logit_softcapping)
+    if arch == "gemma2" or (arch == "gemma3" and config.final_logit_softcapping):
+        values[f"{arch}.final_logit_softcapping"] = float(config.final_logit_softcapping or 1e30)
     return values
 
 

@@ -113,6 +113,8 @@ def _spm(record: Mapping[str, Any], names: Sequence[tuple[str, int]]) -> Iterato
     for rank, merge in enumerate(record["model"]["merges"]):
         left, right = merge if isinstance(merge, list) else merge.split(" ", 1)
         made.setdefault(left + right, rank)
+    if len({token for token, kind in names if kind == _BYTE}) < 256:
+        return  # llama.cpp looks every byte up, and ends the process where one is missing
     scores = [0.0 if kind != _NORMAL else -float(made.get(token, len(made))) for token, kind in names]
     text = json.dumps([record.get("normalizer"), record.get("pre_tokenizer")])
     prefix = '"Prepend"' in text or '"prepend_scheme": "first"' in text or '"prepend_scheme": "always"' in text

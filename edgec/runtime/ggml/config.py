@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 
 from edgec import limits
-from edgec.errors import UnsupportedModelError
+from edgec.errors import CheckpointError, UnsupportedModelError
 from edgec.gguf_header import GgufHeader
 from edgec.runtime.ggml.library import ROPE_HALVES, ROPE_NORMAL
 
@@ -99,6 +99,9 @@ def read_config(header: GgufHeader, vocab: int, rope: int | None = None) -> Conf
             raise UnsupportedModelError(f"{header.path}: {name}.{key} differs from the head size {head}")
     scale = _rope_scale(header, name)
     base = header.number(f"{name}.rope.freq_base", 10000.0)
+    epsilon = header.number(f"{name}.attention.layer_norm_rms_epsilon")
+    if not (0 <= epsilon < 1 and base > 0):
+        raise CheckpointError(f"{header.path}: a norm's epsilon of {epsilon:g}, rotation with base {base:g}")
     gemma3 = name == "gemma3"
     period = header.integer(
         f"{name}.attention.sliding_window_pattern", _PERIOD.get(name, 1), low=1, high=limits.MAX_LAYERS
@@ -114,7 +117,7 @@ def read_config(header: GgufHeader, vocab: int, rope: int | None = None) -> Conf
         head=head,
         vocab=vocab,
         context=header.integer(f"{name}.context_length", low=1, high=1 << 30),
-        epsilon=header.number(f"{name}.attention.layer_norm_rms_epsilon"),
+        epsilon=epsilon,
         rope=(ROPE_NORMAL if name == "llama" else ROPE_HALVES) if rope is None else rope,
         rope_base=base,
         rope_base_local=header.number(f"{name}.rope.freq_base_swa", 10000.0 if gemma3 else base),
@@ -133,7 +136,9 @@ def _rope_scale(header: GgufHeader, name: str) -> float:
     if kind not in ("none", "linear"):
         raise UnsupportedModelError(f"{header.path}: rope scaling {kind!r}; edgec.runtime.ggml runs linear and llama3")
     factor = header.number(f"{name}.rope.scaling.factor", header.number(f"{name}.rope.scale_linear", 0.0))
-    return 1.0 / factor if factor else 1.0
+    if factor < 0:
+        raise CheckpointError(f"{header.path}: rotary scaling by {factor:g}")
+    return 1.0 / factor if factor and kind == "linear" else 1.0
 
 
 def _attention_scale(name: str, layers: int, width: int, heads: int, head: int) -> float:

@@ -30,6 +30,8 @@ from edgec.runtime.options import RuntimeOptions
 
 logger = logging.getLogger(__name__)
 
+_MOST_PROBE_IDS = 64
+"""Longest self-test that is run at load [tokens]: a file must not be able to make it take hours."""
 SELFTEST_TOLERANCE = 0.1
 """Largest RMS difference from the self-test's logits, as a share of their standard deviation. Kernels of other CPUs
 round activations otherwise (0.01 was seen between packed and unpacked Q4_0); a weight in a wrong place gives 1."""
@@ -109,12 +111,14 @@ class GgmlModel:
             self._stops = frozenset([*self._ends, *self.vocabulary.ends()])
         text = codecs.getincrementaldecoder("utf-8")("replace")
         self.session.start(len(ids) + new)
+        run = self.session.run
         logits = self.session.prefill(ids)
         for done in range(new):
             token = sampler.choose(logits)
             if token in self._stops:
                 return
             yield Piece(token, text.decode(self.vocabulary.piece(token)))
+            self._require(run)
             if done + 1 < new:
                 logits = self.session.step(token)
 
@@ -126,11 +130,14 @@ class GgmlModel:
         flat = [int(i) for i in ids]
         self._check(flat, new_tokens)
         self.session.start(len(flat) + new_tokens)
+        run = self.session.run
         logits = self.session.prefill(flat)
         for done in range(new_tokens):
             logits[self._ends] = -np.inf
             token = int(logits.argmax())
+            _finite(logits, token)
             yield token
+            self._require(run)
             if done + 1 < new_tokens:
                 logits = self.session.step(token)
 
@@ -145,8 +152,15 @@ class GgmlModel:
         if chunk < 1:
             raise UsageError(f"chunk must be at least 1 token, got {chunk}")
         self.session.start(len(flat))
+        run = self.session.run
         for at in range(0, len(flat), chunk):
+            self._require(run)
             yield self.session.every(flat[at : at + chunk])
+
+    def _require(self, run: int) -> None:
+        """The cache still holds this run's text."""
+        if self.session.run != run:
+            raise UsageError("another text was begun on this model meanwhile; finish one at a time, or load it twice")
 
     def _check(self, ids: Sequence[int], new_tokens: int) -> None:
         """Refuses what ggml would answer by ending the process."""
@@ -165,8 +179,9 @@ class GgmlModel:
             return
         ids, tokens = header.numbers(SELFTEST_IDS), header.numbers(SELFTEST_TOKENS)
         expected = header.numbers(SELFTEST_LOGITS).astype(np.float64)
+        most = min(_MOST_PROBE_IDS, self.context_length)
         sound = len(ids) and len(tokens) == len(expected) > 1 and ids.dtype.kind == tokens.dtype.kind == "i"
-        if not sound or min(tokens) < 0 or max(tokens) >= self.vocab_size or not len(ids) <= self.context_length:
+        if not sound or min(tokens) < 0 or max(tokens) >= self.vocab_size or len(ids) > most:
             raise CheckpointError(f"{self.path}: the self-test in its metadata is malformed")
         try:
             found = self.logits(ids)[-1][tokens]
@@ -179,6 +194,12 @@ class GgmlModel:
                 f"{SELFTEST_TOLERANCE} is right; the file is damaged or this build of ggml is wrong here"
             )
         logger.debug("%s: self-test passed, %.2g standard deviations", self.path, apart)
+
+
+def _finite(logits: Floats, token: int) -> None:
+    """numpy's argmax finds a NaN where there is one, so a look at the winner is enough. Raises NumericsError."""
+    if not np.isfinite(logits[token]):
+        raise NumericsError("the model answered NaN or Inf; its file is damaged")
 
 
 class _Sampler:
@@ -194,7 +215,9 @@ class _Sampler:
     def choose(self, logits: Floats) -> int:
         """The next token of logits [V]."""
         if self._greedy:
-            return int(logits.argmax())
+            token = int(logits.argmax())
+            _finite(logits, token)
+            return token
         lib, data = self._lib, self._data
         data["id"], data["logit"], data["p"] = self._ids, logits, 0.0
         pointer = ctypes.cast(data.ctypes.data, lib.llama_token_data_p)

@@ -156,6 +156,8 @@ def _check(network: Network, header: GgufHeader) -> None:
         if shape != expected or found.lookup != lookup:
             raise CheckpointError(f"{header.path}: the program of {name!r} makes {shape}, the network needs {expected}")
         _check_program(name, program, header)
+    if network.head == TABLE and TABLE in network.programs:
+        raise CheckpointError(f"{header.path}: its table is factored, so it needs a head of its own ({HEAD})")
     for name, expected in linears.items():
         if name not in network.programs:
             _require(header, f"{name}.weight", expected, _MATRICES)
@@ -167,6 +169,8 @@ def _check(network: Network, header: GgufHeader) -> None:
 
 def _check_program(name: str, program: Program, header: GgufHeader) -> None:
     shapes = core_shapes(program.contraction)
+    if not _ids_only_looked_up(program.contraction.steps, program.contraction.lookup):
+        raise CheckpointError(f"{header.path}: the program of {name!r} computes with token ids, or looks up numbers")
     if (widest := _widest(program.contraction.steps, program.contraction.start)) > limits.MAX_DIMENSION:
         raise CheckpointError(f"{header.path}: the program of {name!r} makes {widest} numbers of one token")
     for step in walk(program.contraction.steps):
@@ -181,6 +185,18 @@ def _check_program(name: str, program: Program, header: GgufHeader) -> None:
         if isinstance(step, Gather) and step.v < program.contraction.in_features:
             raise CheckpointError(f"{header.path}: {name!r} looks ids up in a core of only {step.v} rows")
         _require(header, program.cores[step.core], shapes[step.core], types)
+
+
+def _ids_only_looked_up(steps: Sequence[Step], ids: bool) -> bool:
+    """Shapes do not tell ids from numbers, and ggml ends the process for the wrong ones."""
+    for step in steps:
+        if isinstance(step, Sum):
+            if not all(_ids_only_looked_up(branch, ids) for branch in step.branches):
+                return False
+        elif isinstance(step, Gather) != ids:
+            return False
+        ids = False
+    return True
 
 
 def _widest(steps: Sequence[Step], trailing: tuple[int, ...]) -> int:

@@ -115,7 +115,7 @@ class _Feed:
 
 
 class Session:
-    """One sequence at a time. After an error its cache holds nothing."""
+    """One sequence at a time. After an error its cache holds nothing. run: counts the sequences."""
 
     def __init__(
         self,
@@ -138,7 +138,7 @@ class Session:
             raise UsageError(f"chunk must be at least 1 token, got {chunk}")
         self.device, self.network, self.weights = device, network, weights
         self.flash, self.kind, self.chunk = flash, CACHE_KINDS[cache], chunk
-        self.position = 0
+        self.position, self.run = 0, 0
         self._cache: Cache | None = None
         self._owned: tuple[Context, Buffer] | None = None
         self._feeds: dict[int, _Feed] = {}
@@ -152,6 +152,7 @@ class Session:
 
     def start(self, positions: int) -> None:
         """Forget everything and make room for this many positions."""
+        self.run += 1
         self.position = 0
         capacity = -(-positions // BUCKET) * BUCKET
         if self._cache is not None and self._cache.capacity >= capacity:

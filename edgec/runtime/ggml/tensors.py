@@ -165,6 +165,7 @@ class Allocator:
 
     def place(self, graph: int) -> None:
         if not self.lib.gallocr_alloc_graph(self.pointer, graph):
+            self.nbytes, self.generation = 0, self.generation + 1  # ggml gave the old memory back first
             raise RuntimeUnavailableError("there is no memory for activations; close other programs")
         if (now := self.lib.gallocr_get_buffer_size(self.pointer, 0)) != self.nbytes:
             self.nbytes, self.generation = now, self.generation + 1
