@@ -24,7 +24,7 @@ def measurement_table(measurements: Sequence[Measurement], title: str = "") -> T
     """One row per contestant: size, quality, the metrics that were measured, medians with ± half their spread."""
     metrics = text.shown_metrics(measurements)
     table = _table(title)
-    table.add_column("contestant", overflow="fold", max_width=24)
+    table.add_column("contestant", overflow="fold", min_width=10, max_width=24)
     table.add_column("size", justify="right", no_wrap=True)
     with_quality = any(row.quality for row in measurements)
     if with_quality:
