@@ -44,13 +44,13 @@ setup:
 		$${TORCH_INDEX:+--extra-index-url "$$TORCH_INDEX"} -e '.[dev,demo]'; \
 	echo "$$want" > .venv/.made-from
 
-# llama.cpp is compiled for some minutes, which `make demo` should not have to wait for. Its image and audio parts are
-# left out. Where it cannot be compiled, the tests of GGUF say that they are skipped, and the next run tries again.
+# llama.cpp is compiled for some minutes, which `make demo` should not have to wait for. Where it cannot be compiled, the
+# tests of GGUF say that they are skipped, and the next run tries again.
 setup-gguf: setup
 	@set -eu; \
 	if [ "$$(cat .venv/.gguf-from 2> /dev/null || true)" = "$$(cat .venv/.made-from)" ]; then exit 0; fi; \
 	echo 'compiling llama.cpp into .venv/ (several minutes the first time)'; \
-	if CMAKE_ARGS="$${CMAKE_ARGS:--DLLAVA_BUILD=OFF}" $(BIN)/python -m pip install --disable-pip-version-check --no-input --quiet \
+	if $(BIN)/python -m pip install --disable-pip-version-check --no-input --quiet \
 		$${TORCH_INDEX:+--extra-index-url "$$TORCH_INDEX"} -e '.[gguf]'; then \
 		cp .venv/.made-from .venv/.gguf-from; \
 	else \
