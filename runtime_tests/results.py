@@ -33,8 +33,8 @@ FIGURES: Mapping[str, tuple[str, str]] = {
         "python -m runtime_tests.figures minilm-total",
     ),
     "frontier-minilm": (
-        "all-MiniLM-L6-v2, every method at equal bits",
-        "python -m runtime_tests.frontier minilm --bits 5,4,3,2.5,2,1.5 --search greedy:60s --heal 150steps",
+        "all-MiniLM-L6-v2 at fewer bits, healed and not",
+        "python -m runtime_tests.frontier minilm --bits 4,3,2.5,2,1.5 --search greedy:30s --heal 150steps --peers gptq",
     ),
     "frontier-pycode-lm": (
         "A small Llama of Python source, every method at equal bits",
