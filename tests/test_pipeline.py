@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 import re
 from collections.abc import Callable
 from importlib.metadata import version
@@ -472,7 +473,7 @@ def test_a_cap_on_milliseconds_gives_a_quicker_plan(
         for rows in (1, 16, 128)
     ]
     monkeypatch.setattr(pace.microbench, "measure", lambda **given: samples)
-    monkeypatch.setattr(pace.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
 
     def planned(max_ms: float | None) -> Plan:
         goal = pipeline.Goal(parse_budget("9bpw"), search=Search("none"), max_ms=max_ms)
@@ -492,7 +493,7 @@ def test_a_cap_on_milliseconds_gives_a_quicker_plan(
 
 
 def test_milliseconds_of_another_machine_are_refused(sources: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pace.platform, "machine", lambda: "aarch64")
+    monkeypatch.setattr(platform, "machine", lambda: "aarch64")
     goal = pace.paced(pipeline.Goal(parse_budget("4bpw")), get_target("onnx-x64"), "x", silent)
     assert goal.pace is None
     with pytest.raises(UsageError, match="does not run onnx-x64"):

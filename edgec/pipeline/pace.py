@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 import re
 from dataclasses import replace
 
@@ -10,12 +9,11 @@ from edgec.bench import microbench
 from edgec.errors import UsageError
 from edgec.modeling import DECODER_TASK
 from edgec.pipeline.stages import Goal, Progress
+from edgec.plan import hardware
 from edgec.plan.latency import DECODE_ROWS, PREFILL_ROWS, Pace, fit_costs
 from edgec.records import Target
 from edgec.runtime.options import physical_cores
 
-_MACHINES = {"onnx-x64": ("x86_64", "amd64"), "onnx-arm64": ("aarch64", "arm64")}
-"""Targets whose kernels can be timed, and the machines that they can be timed on."""
 _TIME = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s)")
 
 
@@ -33,15 +31,15 @@ def paced(goal: Goal, target: Target, task: str, progress: Progress) -> Goal:
 
     The planned layers of one token (causal LMs) or of a sentence of 128 tokens (encoders) are what is capped, at as
     many threads as the runtime takes by default; attention, norms and the runtime's own overhead come on top. Raises
-    UsageError where this machine cannot tell the target's times.
+    UsageError where this machine cannot tell the target's times, PlanError for a target that no kernels are known of.
     """
     if goal.max_ms is None or goal.pace is not None:
         return goal
-    machine = platform.machine().lower()
-    if machine not in _MACHINES.get(target.name, ()):
+    wanted, here = hardware.of_target(target), hardware.detect().hardware
+    if here.machine != wanted.machine:
         raise UsageError(
-            f"--max-latency times the runtime's kernels on this machine ({machine}), which does not run {target.name}; "
-            "leave it out, or plan on a machine of the target's kind"
+            f"--max-latency times the runtime's kernels on this machine ({here.machine}), which does not run "
+            f"{target.name}; leave it out, or plan on a machine of the target's kind"
         )
     samples = microbench.measure(
         threads=physical_cores(),
