@@ -131,10 +131,10 @@ def evaluator(workspace: Workspace, found: Profile, loss: Callable[[Any], float]
     return evaluate
 
 
-def statistics_for(workspace: Workspace, made: Plan, plain: bool, progress: Progress) -> Profile | None:
-    """What fitting a given plan needs of the activations of the whole dense model, or nothing at all."""
-    if (batches := calibration_batches(workspace, made, plain)) is None:
-        return None
+def fit_whole(workspace: Workspace, made: Plan, batches: Batches | None, progress: Progress) -> dict[str, Factors]:
+    """Factors of a given plan on the activations of the whole dense model, in memory; plainly where there are none."""
+    if batches is None:
+        return fit(workspace, made.choices, None, progress)
     statistics = collect(
         workspace.model,
         workspace.layers,
@@ -143,7 +143,8 @@ def statistics_for(workspace: Workspace, made: Plan, plain: bool, progress: Prog
         curvature=False,
         progress=lambda done, total: progress("calibrating", done, total),
     )
-    return Profile(workspace.checkpoint.fingerprint, workspace.text.origin, statistics.tokens, (), statistics)
+    found = Profile(workspace.checkpoint.fingerprint, workspace.text.origin, statistics.tokens, (), statistics)
+    return fit(workspace, made.choices, found, progress)
 
 
 def fit_plan(
@@ -167,7 +168,7 @@ def fit_plan(
             factors.update(group)
     except UnsupportedModelError as error:  # blocks that share their weights, for one
         logger.info("%s: fitted as a whole (%s)", workspace.folder, error)
-        return fit(workspace, made.choices, statistics_for(workspace, made, plain, progress), progress)
+        return fit_whole(workspace, made, batches, progress)
     return {choice.layer: factors[choice.layer] for choice in made.choices}
 
 

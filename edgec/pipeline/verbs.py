@@ -18,7 +18,8 @@ from edgec.pipeline.stages import (
     Progress,
     calibration_batches,
     explicit_plan,
-    fit_plan,
+    fit,
+    fit_whole,
     make_profile,
     planning_sizes,
     profile_of,
@@ -26,7 +27,7 @@ from edgec.pipeline.stages import (
     silent,
 )
 from edgec.plan import files as plan_files
-from edgec.profile.store import Profile, save_profile
+from edgec.profile.store import Profile, load_profile, save_profile
 from edgec.records import Plan, Target
 from edgec.workspace import Workspace
 
@@ -106,13 +107,16 @@ def compress(
     workspace.require_finite()
     made = explicit_plan(workspace, plan_text, target)
     text = plan_files.write_plan(made)
-    if profile_folder is None:
+    if profile_folder is not None:
+        factors = fit(workspace, made.choices, load_profile(profile_folder, workspace.checkpoint), progress)
+    else:
+        batches = calibration_batches(workspace, made, plain)
         try:
             compress_streamed(
                 workspace.checkpoint,
                 workspace.layers,
                 made,
-                calibration_batches(workspace, made, plain),
+                batches,
                 out,
                 plan_text=text,
                 force=force,
@@ -121,6 +125,6 @@ def compress(
             return made
         except UnsupportedModelError as error:  # nothing is written yet
             logger.info("%s: not block by block (%s)", workspace.folder, error)
-    factors = fit_plan(workspace, made, profile_folder, plain, progress)
+            factors = fit_whole(workspace, made, batches, progress)
     store.save_compressed(workspace.checkpoint, made, factors, text, out, force=force)
     return made
