@@ -13,13 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from edgec.errors import CheckpointError, UsageError
+from edgec.errors import CheckpointError
 from edgec.runtime.interfaces import CAUSAL_LM, Floats, Ids, Piece
 from edgec.runtime.layout import inside, read_json, whole_number
 from edgec.runtime.options import RuntimeOptions, genai_overlay, import_genai
+from edgec.runtime.prompts import check_prompt, check_sampling
 
 PLUGIN = True
-_SAMPLING = frozenset({"temperature", "top_k", "top_p", "repetition_penalty", "random_seed"})
 
 
 def claims(folder: Path) -> bool:
@@ -73,10 +73,9 @@ class GenaiModel:
 
         sampling: temperature, top_k, top_p, repetition_penalty, random_seed; only read when `greedy` is False.
         """
-        if unknown := sorted(set(sampling) - _SAMPLING):
-            raise UsageError(f"unknown sampling option {unknown[0]!r}; known: {', '.join(sorted(_SAMPLING))}")
+        check_sampling(sampling)
         ids = self.encode(prompt) if isinstance(prompt, str) else [int(i) for i in prompt]
-        self._check(ids, 1)
+        check_prompt(ids, 1, self.context_length, self.vocab_size)
         total = min(len(ids) + max_new_tokens, self.context_length)
         options: dict[str, Any] = {"do_sample": False} if greedy else {"do_sample": True, **sampling}
         return self._stream(ids, total, options)
@@ -100,7 +99,7 @@ class GenaiModel:
         exactly len(ids) + new_tokens positions, inside the first step.
         """
         ids = [int(i) for i in ids]
-        self._check(ids, new_tokens)
+        check_prompt(ids, new_tokens, self.context_length, self.vocab_size, least=1)
         total = len(ids) + new_tokens
         generator = self._generator(total, do_sample=False, min_length=total)
         generator.append_tokens(np.asarray(ids, dtype=np.int32))
@@ -111,7 +110,7 @@ class GenaiModel:
     def logits(self, ids: Ids) -> Floats:
         """Token ids [1, T] or [T] → logits [T, V] float32 of every position, in one prefill."""
         flat = np.asarray(ids).reshape(-1)
-        self._check([int(i) for i in flat], 1)
+        check_prompt([int(i) for i in flat], 1, self.context_length, self.vocab_size)
         generator = self._generator(len(flat) + 1, do_sample=False)
         generator.append_tokens(flat.astype(np.int32))
         result: Floats = np.asarray(generator.get_output("logits"), dtype=np.float32)[0]
@@ -126,14 +125,3 @@ class GenaiModel:
         params = self._og.GeneratorParams(self._model)
         params.set_search_options(max_length=total, batch_size=1, **options)
         return self._og.Generator(self._model, params)
-
-    def _check(self, ids: Sequence[int], new_tokens: int) -> None:
-        """Refuses what the runtime would answer with a crash or with garbage."""
-        if not ids:
-            raise UsageError("the prompt is empty; give at least one token")
-        if new_tokens < 1 or len(ids) + new_tokens > self.context_length:
-            raise UsageError(
-                f"{len(ids)} prompt tokens and {new_tokens} new ones do not fit the context of {self.context_length}"
-            )
-        if bad := [i for i in ids if not 0 <= i < self.vocab_size]:
-            raise UsageError(f"token id {bad[0]} is outside the vocabulary of {self.vocab_size}")

@@ -23,6 +23,7 @@ from edgec.errors import CheckpointError, NumericsError, RuntimeUnavailableError
 from edgec.gguf_header import read_header
 from edgec.runtime.interfaces import CAUSAL_LM, Floats, Ids, Piece
 from edgec.runtime.options import RuntimeOptions
+from edgec.runtime.prompts import SAMPLING, check_prompt, check_sampling, require_same_run
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +35,6 @@ _BATCH = 512
 """Most tokens in one call of the prefill [tokens]; llama.cpp's own default for its physical batch."""
 _LOGITS_CHUNK = 128
 """Tokens whose logits are kept at once [tokens]: a large vocabulary's would not fit for all."""
-_SAMPLING = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0, "random_seed": 0}
 _LEVELS = {3: logging.INFO, 4: logging.WARNING}
 """ggml's levels of warnings and errors; everything else is for debugging."""
 
@@ -163,7 +163,7 @@ class LlamaCpp:
         self._context: Any = None
         self._free_context: Any = None
         self._room = 0
-        self._run = 0
+        self._run = 0  # counts texts: a context may be cleared for the next, or freed for a larger one
 
     def encode(self, text: str) -> list[int]:
         return self.vocabulary.encode(text)
@@ -178,12 +178,11 @@ class LlamaCpp:
 
         sampling: temperature, top_k, top_p, repetition_penalty, random_seed; only read when `greedy` is False.
         """
-        if unknown := sorted(set(sampling) - set(_SAMPLING)):
-            raise UsageError(f"unknown sampling option {unknown[0]!r}; known: {', '.join(sorted(_SAMPLING))}")
+        check_sampling(sampling)
         ids = self.encode(prompt) if isinstance(prompt, str) else [int(i) for i in prompt]
-        self._check(ids, 1)
+        check_prompt(ids, 1, self.context_length, self.vocab_size)
         new = min(max_new_tokens, self.context_length - len(ids))
-        return self._stream(ids, new, None if greedy else {**_SAMPLING, **sampling})
+        return self._stream(ids, new, None if greedy else sampling)
 
     def _stream(self, ids: list[int], new: int, sampling: dict[str, Any] | None) -> Iterator[Piece]:
         text = codecs.getincrementaldecoder("utf-8")("replace")
@@ -196,7 +195,7 @@ class LlamaCpp:
                 if token in self._ends:
                     return
                 yield Piece(token, text.decode(self.vocabulary.piece(token)))
-                self._require(run)
+                require_same_run(self._run, run)
                 if position + 1 < len(ids) + new:
                     self._decode(context, [token])
         finally:
@@ -208,7 +207,7 @@ class LlamaCpp:
         The first token comes after the prefill, each other after one decode step.
         """
         flat = [int(i) for i in ids]
-        self._check(flat, new_tokens)
+        check_prompt(flat, new_tokens, self.context_length, self.vocab_size)
         context, run = self._fresh_context(len(flat) + new_tokens), self._run
         self._prefill(context, flat)
         for done in range(new_tokens):
@@ -216,7 +215,7 @@ class LlamaCpp:
             values[self._ends] = -np.inf
             token = int(values.argmax())
             yield token
-            self._require(run)
+            require_same_run(self._run, run)
             if done + 1 < new_tokens:
                 self._decode(context, [token])
 
@@ -227,7 +226,7 @@ class LlamaCpp:
     def logits_chunks(self, ids: Ids, chunk: int = _LOGITS_CHUNK) -> Iterator[Floats]:
         """The same as an iterator of [≤ chunk, V], for vocabularies whose full [T, V] would not fit in memory."""
         flat = [int(i) for i in np.asarray(ids).reshape(-1)]
-        self._check(flat, 0)
+        check_prompt(flat, 0, self.context_length, self.vocab_size)
         context, run = self._fresh_context(len(flat)), self._run
         for start in range(0, len(flat), chunk):
             part = flat[start : start + chunk]
@@ -236,12 +235,7 @@ class LlamaCpp:
             if not np.isfinite(values).all():
                 raise NumericsError(f"{self.folder} answered NaN or Inf at position {start} or later")
             yield values
-            self._require(run)
-
-    def _require(self, run: int) -> None:
-        """The one context is still this run's: another may have cleared it, or freed it for a larger one."""
-        if self._run != run:
-            raise UsageError("another text was begun on this model meanwhile; finish one at a time, or load it twice")
+            require_same_run(self._run, run)
 
     def _prefill(self, context: Any, ids: list[int]) -> None:
         for start in range(0, len(ids), _BATCH):
@@ -295,17 +289,6 @@ class LlamaCpp:
             raise CheckpointError(f"llama.cpp cannot load the adapter {path}; --debug shows its reasons")
         return adapter  # freed with the model
 
-    def _check(self, ids: Sequence[int], new_tokens: int) -> None:
-        """Refuses what the runtime would answer with a crash or with garbage."""
-        if not ids:
-            raise UsageError("the prompt is empty; give at least one token")
-        if len(ids) + new_tokens > self.context_length:
-            raise UsageError(
-                f"{len(ids)} prompt tokens and {new_tokens} new ones do not fit the context of {self.context_length}"
-            )
-        if bad := [i for i in ids if not 0 <= i < self.vocab_size]:
-            raise UsageError(f"token id {bad[0]} is outside the vocabulary of {self.vocab_size}")
-
 
 def sampler_chain(lib: Any, sampling: dict[str, Any] | None, vocab_size: int) -> Any:
     """llama.cpp's own chain of samplers, to be freed by `llama_sampler_free`; None: the likeliest token."""
@@ -313,7 +296,7 @@ def sampler_chain(lib: Any, sampling: dict[str, Any] | None, vocab_size: int) ->
     if sampling is None:
         lib.llama_sampler_chain_add(chain, lib.llama_sampler_init_greedy())
         return chain
-    found = {**_SAMPLING, **sampling}
+    found = {**SAMPLING, **sampling}
     for name in ("repetition_penalty", "top_p"):
         if not 0 < float(found[name]) < math.inf:
             lib.llama_sampler_free(chain)

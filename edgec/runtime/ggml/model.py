@@ -27,6 +27,7 @@ from edgec.runtime.ggml.weights import Weights
 from edgec.runtime.interfaces import CAUSAL_LM, Floats, Ids, Piece
 from edgec.runtime.llama_cpp import Vocabulary, import_llama_cpp, sampler_chain
 from edgec.runtime.options import RuntimeOptions
+from edgec.runtime.prompts import check_prompt, check_sampling, require_same_run
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +38,6 @@ SELFTEST_TOLERANCE = 0.1
 round activations otherwise (0.01 was seen between packed and unpacked Q4_0); a weight in a wrong place gives 1."""
 
 _ENDS = tuple(f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom"))
-_SAMPLING = frozenset({"temperature", "top_k", "top_p", "repetition_penalty", "random_seed"})
 
 
 class GgmlModel:
@@ -98,10 +98,9 @@ class GgmlModel:
 
         sampling: temperature, top_k, top_p, repetition_penalty, random_seed; only read when `greedy` is False.
         """
-        if unknown := sorted(set(sampling) - _SAMPLING):
-            raise UsageError(f"unknown sampling option {unknown[0]!r}; known: {', '.join(sorted(_SAMPLING))}")
+        check_sampling(sampling)
         ids = self.encode(prompt) if isinstance(prompt, str) else [int(i) for i in prompt]
-        self._check(ids, 1)
+        check_prompt(ids, 1, self.context_length, self.vocab_size)
         new = min(max_new_tokens, self.context_length - len(ids))
         return self._stream(ids, new, None if greedy else sampling)
 
@@ -118,7 +117,7 @@ class GgmlModel:
             if token in self._stops:
                 return
             yield Piece(token, text.decode(self.vocabulary.piece(token)))
-            self._require(run)
+            require_same_run(self.session.run, run)
             if done + 1 < new:
                 logits = self.session.step(token)
 
@@ -128,7 +127,7 @@ class GgmlModel:
         The first token comes after the prefill, each other after one decode step.
         """
         flat = [int(i) for i in ids]
-        self._check(flat, new_tokens)
+        check_prompt(flat, new_tokens, self.context_length, self.vocab_size)
         self.session.start(len(flat) + new_tokens)
         run = self.session.run
         logits = self.session.prefill(flat)
@@ -137,7 +136,7 @@ class GgmlModel:
             token = int(logits.argmax())
             _finite(logits, token)
             yield token
-            self._require(run)
+            require_same_run(self.session.run, run)
             if done + 1 < new_tokens:
                 logits = self.session.step(token)
 
@@ -148,30 +147,14 @@ class GgmlModel:
     def logits_chunks(self, ids: Ids, chunk: int = CHUNK) -> Iterator[Floats]:
         """The same as an iterator of [≤ chunk, V], for vocabularies whose full [T, V] would not fit in memory."""
         flat = [int(i) for i in np.asarray(ids).reshape(-1)]
-        self._check(flat, 0)
+        check_prompt(flat, 0, self.context_length, self.vocab_size)
         if chunk < 1:
             raise UsageError(f"chunk must be at least 1 token, got {chunk}")
         self.session.start(len(flat))
         run = self.session.run
         for at in range(0, len(flat), chunk):
-            self._require(run)
+            require_same_run(self.session.run, run)
             yield self.session.every(flat[at : at + chunk])
-
-    def _require(self, run: int) -> None:
-        """The cache still holds this run's text."""
-        if self.session.run != run:
-            raise UsageError("another text was begun on this model meanwhile; finish one at a time, or load it twice")
-
-    def _check(self, ids: Sequence[int], new_tokens: int) -> None:
-        """Refuses what ggml would answer by ending the process."""
-        if not ids:
-            raise UsageError("the prompt is empty; give at least one token")
-        if new_tokens < 0 or len(ids) + new_tokens > self.context_length:
-            raise UsageError(
-                f"{len(ids)} prompt tokens and {new_tokens} new ones do not fit the context of {self.context_length}"
-            )
-        if bad := [i for i in ids if not 0 <= i < self.vocab_size]:
-            raise UsageError(f"token id {bad[0]} is outside the vocabulary of {self.vocab_size}")
 
     def _test_itself(self, header: GgufHeader) -> None:
         """Does this machine compute the logits that the file's writer got? Raises VerificationError."""
