@@ -109,6 +109,8 @@ class Contraction:
     def __post_init__(self) -> None:
         if not self.steps:
             raise PlanError("a contraction needs at least one step")
+        if not _ids_only_looked_up(self.steps, self.lookup):
+            raise PlanError("a contraction computes with token ids, or looks up numbers")
         trailing = infer_shape(self.steps, self.start)
         if trailing != (self.out_features,):
             raise PlanError(f"contraction ends with trailing axes {trailing}, expected ({self.out_features},)")
@@ -171,6 +173,18 @@ def infer_shape(steps: Sequence[Step], trailing: tuple[int, ...]) -> tuple[int, 
         if len(trailing) > MAX_TRAILING:
             raise PlanError(f"{step} leaves {len(trailing)} trailing axes; at most {MAX_TRAILING} may be alive")
     return trailing
+
+
+def _ids_only_looked_up(steps: Sequence[Step], ids: bool) -> bool:
+    """Shapes do not tell token ids from numbers; a backend may end the process for the wrong ones."""
+    for step in steps:
+        if isinstance(step, Sum):
+            if not all(_ids_only_looked_up(branch, ids) for branch in step.branches):
+                return False
+        elif isinstance(step, Gather) != ids:
+            return False
+        ids = False
+    return True
 
 
 def _step_shape(step: Step, trailing: tuple[int, ...]) -> tuple[int, ...]:

@@ -169,8 +169,6 @@ def _check(network: Network, header: GgufHeader) -> None:
 
 def _check_program(name: str, program: Program, header: GgufHeader) -> None:
     shapes = core_shapes(program.contraction)
-    if not _ids_only_looked_up(program.contraction.steps, program.contraction.lookup):
-        raise CheckpointError(f"{header.path}: the program of {name!r} computes with token ids, or looks up numbers")
     if (widest := _widest(program.contraction.steps, program.contraction.start)) > limits.MAX_DIMENSION:
         raise CheckpointError(f"{header.path}: the program of {name!r} makes {widest} numbers of one token")
     for step in walk(program.contraction.steps):
@@ -185,18 +183,6 @@ def _check_program(name: str, program: Program, header: GgufHeader) -> None:
         if isinstance(step, Gather) and step.v < program.contraction.in_features:
             raise CheckpointError(f"{header.path}: {name!r} looks ids up in a core of only {step.v} rows")
         _require(header, program.cores[step.core], shapes[step.core], types)
-
-
-def _ids_only_looked_up(steps: Sequence[Step], ids: bool) -> bool:
-    """Shapes do not tell ids from numbers, and ggml ends the process for the wrong ones."""
-    for step in steps:
-        if isinstance(step, Sum):
-            if not all(_ids_only_looked_up(branch, ids) for branch in step.branches):
-                return False
-        elif isinstance(step, Gather) != ids:
-            return False
-        ids = False
-    return True
 
 
 def _widest(steps: Sequence[Step], trailing: tuple[int, ...]) -> int:
