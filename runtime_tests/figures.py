@@ -16,9 +16,8 @@ from rich.console import Console
 from rich.table import Table
 
 from edgec import assess, pipeline
-from edgec.evaluate.embeddings import read_sts
 from edgec.heal.settings import HealSettings, parse_heal
-from runtime_tests.models import ASSETS, minilm_folder
+from runtime_tests.models import ASSETS, minilm_folder, sts_train_text
 
 BUDGETS = ("5bpw-linear", "4bpw-linear", "3bpw-linear")
 TOTAL_BUDGETS = ("4bpw", "3bpw")
@@ -36,9 +35,7 @@ def minilm_total(work: Path, table: Table) -> None:
 
 def _minilm(work: Path, table: Table, budgets: Sequence[str], heal: HealSettings) -> None:
     model = minilm_folder()
-    train = read_sts(ASSETS / "stsb" / "sts-train.csv")
-    text = work / "sts-train.txt"
-    text.write_text("\n".join(dict.fromkeys(train.first + train.second)), encoding="utf-8")
+    text = sts_train_text(work)
     if not (work / "profile-minilm").exists():
         pipeline.profile(model, work / "profile-minilm", calibration=text)
     for budget in budgets:

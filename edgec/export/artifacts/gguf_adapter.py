@@ -10,12 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Set
 from pathlib import Path
 
-import transformers
-
-from edgec.calibration import Batches
-from edgec.checkpoint import Checkpoint
 from edgec.contraction import MatMul, Sum
-from edgec.export import verify
 from edgec.export.artifacts import Written, gguf
 from edgec.export.gguf import stock
 from edgec.export.gguf.metadata import Value
@@ -30,20 +25,18 @@ PLUGIN = True
 RECONSTRUCTS = True
 PACKAGES = gguf.PACKAGES
 
+# A stock file that may have an adapter beside it; gguf's parity takes it along.
+refuse_unsupported = gguf.refuse_unsupported
+prepare = gguf.prepare
+write_companions = gguf.write_companions
+parity = gguf.parity
+
 _HEADER_BYTES = 512
 """Of adapter.gguf before its tensors, about [bytes]."""
 
 
-def refuse_unsupported(checkpoint: Checkpoint, task: str) -> None:
-    gguf.refuse_unsupported(checkpoint, task)
-
-
-def prepare(checkpoint: Checkpoint, task: str, work: Path) -> stock.Draft:
-    return gguf.prepare(checkpoint, task, work)
-
-
 def other_bytes(draft: stock.Draft, planned: Set[str]) -> int:
-    return gguf.other_bytes(draft, planned) + _HEADER_BYTES + 2 * 96 * len(planned)
+    return gguf.other_bytes(draft, planned) + _HEADER_BYTES + 2 * gguf.TENSOR_BYTES * len(planned)
 
 
 def write(
@@ -71,16 +64,6 @@ def write(
         }
         files.append((ADAPTER_FILE, metadata, corrections))
     return gguf.written(out, files, progress)
-
-
-def write_companions(checkpoint: Checkpoint, draft: stock.Draft, out: Path) -> int:
-    return gguf.write_companions(checkpoint, draft, out)
-
-
-def parity(
-    folder: Path, reference: transformers.PreTrainedModel, task: str, batches: Batches, work: Path
-) -> verify.Parity:
-    return gguf.parity(folder, reference, task, batches, work)
 
 
 def _correction(fitted: Factors) -> tuple[Core, Core] | None:

@@ -22,14 +22,12 @@ from numpy.typing import NDArray
 from edgec.errors import ExportError
 from edgec.fit import Core
 from edgec.quantize.formats import CoreFormat, QuantizedTensor
-from edgec.quantize.ggml_formats import GgmlTensor
+from edgec.quantize.ggml_formats import GgmlTensor, row_bytes
 
 BLOCK = 32
 
 EXACT: Mapping[str, str] = {"int4-b32": "Q4_0", "int8-b32": "Q8_0", "fp16": "F16", "fp32": "F32"}
 """Format of a core → the ggml type that holds exactly its numbers."""
-
-_BYTES = {"Q4_0": 18, "Q8_0": 34}
 
 
 def ggml_type(core: Core) -> str:
@@ -58,7 +56,7 @@ def blocks(core: Core) -> NDArray[Any]:
         return np.ascontiguousarray(core)
     n, k = core.shape
     codes = core.codes.reshape(n, k // BLOCK, BLOCK)
-    found = np.empty((n, k // BLOCK, _BYTES[kind]), np.uint8)
+    found = np.empty((n, k // BLOCK, row_bytes(kind, BLOCK)), np.uint8)
     found[:, :, :2] = np.ascontiguousarray(core.scales, "<f2").view(np.uint8).reshape(n, k // BLOCK, 2)
     if kind == "Q4_0":
         found[:, :, 2:] = codes[:, :, : BLOCK // 2] | (codes[:, :, BLOCK // 2 :] << 4)
@@ -70,7 +68,7 @@ def blocks(core: Core) -> NDArray[Any]:
 def core_of(data: NDArray[np.uint8], kind: str, shape: tuple[int, int]) -> QuantizedTensor:
     """Inverse of `blocks` for Q4_0 and Q8_0: uint8 [n, row bytes] → the core [n, k]."""
     n, k = shape
-    raw = data.reshape(n, k // BLOCK, _BYTES[kind])
+    raw = data.reshape(n, k // BLOCK, row_bytes(kind, BLOCK))
     scales = np.ascontiguousarray(raw[:, :, :2]).view("<f2").reshape(n, k // BLOCK).astype(np.float16)
     body = raw[:, :, 2:]
     codes = np.concatenate([body & 15, body >> 4], axis=2) if kind == "Q4_0" else body ^ 0x80

@@ -70,14 +70,19 @@ def hyperparameters(config: Any, name: str) -> dict[str, Value]:
     return values
 
 
+def rotary_scaling(config: Any) -> str:
+    """The kind of rotary scaling of full attention, as transformers names it: "default", "linear", "yarn", …"""
+    return str(_rope_parameters(config)["full_attention"].get("rope_type", "default"))
+
+
 def rope_divisors(config: Any) -> NDArray[np.float32] | None:
     """Llama 3's rotary scaling as llama.cpp takes it, a divisor per frequency [head_dim / 2]; None without it.
 
     The bands are those of transformers' `_compute_llama3_parameters`.
     """
-    rope = _rope_parameters(config)["full_attention"]
-    if rope.get("rope_type") != "llama3":
+    if rotary_scaling(config) != "llama3":
         return None
+    rope = _rope_parameters(config)["full_attention"]
     head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
     frequencies = float(rope["rope_theta"]) ** -(np.arange(0, head_dim, 2) / head_dim)
     factor, low, high = float(rope["factor"]), float(rope["low_freq_factor"]), float(rope["high_freq_factor"])
@@ -108,7 +113,7 @@ def _rope(config: Any, arch: str) -> dict[str, Value]:
                 f"rotary scaling {local['rope_type']!r} inside a window is unknown to llama.cpp"
             )
         values[f"{arch}.rope.freq_base_swa"] = float(local["rope_theta"])
-    kind = rope.get("rope_type", "default")
+    kind = rotary_scaling(config)
     if float(rope.get("partial_rotary_factor", 1.0)) != 1.0:
         raise UnsupportedModelError("partial_rotary_factor other than 1: llama.cpp rotates whole heads here")
     if kind in ("default", "llama3"):
