@@ -177,12 +177,12 @@ class GgufHeader:
 
 
 def is_gguf(path: Path) -> bool:
-    """A regular file that starts like a GGUF."""
+    """A regular file that starts like a GGUF, or is called one: its reader then says what is wrong with it."""
     try:
         if not stat.S_ISREG(path.stat().st_mode):
             return False
         with path.open("rb") as file:
-            return file.read(4) == MAGIC
+            return path.suffix == ".gguf" or file.read(4) == MAGIC
     except OSError:
         return False
 

@@ -106,12 +106,12 @@ class _Export:
     def _planned(self, goal: Goal) -> Product:
         """Plan, fit and write until the files that were really written are within the budget; then heal."""
         workspace = self.workspace
+        goal = paced(goal, self.target, workspace.task, self.progress)
         self.progress("building the graph", 0, 1)
         draft = self.kind.prepare(workspace.checkpoint, workspace.task, self.work)
         self.progress("building the graph", 1, 1)
         sizes = planning_sizes(workspace, self.kind, draft, self.work)
         found = profile_of(workspace, self.target, self.request.profile, self.progress)
-        goal = paced(goal, self.target, workspace.task, self.progress)
         evaluate = evaluator(workspace, found, workspace.divergence_on_search)
         over = 0.0
         for _ in range(_REPLANS):

@@ -75,12 +75,12 @@ def plan(
     chosen = get_target(target)
     kind = kind_of(chosen)
     kind.refuse_unsupported(workspace.checkpoint, workspace.task)
+    goal = paced(goal, chosen, workspace.task, progress)
     with tempfile.TemporaryDirectory(prefix="edgec-plan-") as folder:
         work = Path(folder)
         draft = kind.prepare(workspace.checkpoint, workspace.task, work)
         sizes = planning_sizes(workspace, kind, draft, work)
     found = profile_of(workspace, chosen, profile_folder, progress)
-    goal = paced(goal, chosen, workspace.task, progress)
     return search_plan(workspace, found, chosen, goal, sizes, progress)
 
 
