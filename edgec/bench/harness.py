@@ -100,6 +100,7 @@ class _Row:
     bytes: int
     values: dict[str, list[float]] = field(default_factory=dict)
     facts: dict[str, str | float] = field(default_factory=dict)
+    remarks: list[str] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
     failed_in_a_row: int = 0
 
@@ -149,8 +150,8 @@ def _job(contestant: Contestant, settings: BenchSettings, device: Device) -> Job
         task=task,
         threads=settings.threads or device.threads(),
         spin=settings.spin,
-        warmup=settings.warmup,
-        samples=settings.samples,
+        warmup=settings.warmup if device.timed else 1,
+        samples=settings.samples if device.timed else 0,
         min_sample_s=settings.min_sample_s,
         prompt_tokens=settings.prompt_tokens,
         new_tokens=settings.new_tokens,
@@ -179,6 +180,7 @@ def _measure_once(row: _Row, device: Device, settings: BenchSettings, round_numb
         if value is not None:
             row.values.setdefault(name, []).append(float(value))
     row.facts.update(answers.facts)
+    row.remarks += [remark for remark in answers.remarks if remark not in row.remarks]
     if answers.done and not problem and len(answers.samples) == row.job.samples:
         row.failed_in_a_row = 0
         return
@@ -189,9 +191,9 @@ def _measure_once(row: _Row, device: Device, settings: BenchSettings, round_numb
 
 
 def _measurement(row: _Row, device: Device, settings: BenchSettings) -> Measurement:
-    metrics = {name: spread(values) for name, values in row.values.items()}
-    measured = any(name in metrics for name in METRICS)
-    notes = list(row.contestant.notes) + list(device.notes)
+    metrics = {name: spread(values) for name, values in row.values.items() if device.timed or name != "load_s"}
+    measured = any(name in metrics for name in METRICS) if device.timed else "peak_rss_bytes" in metrics
+    notes = list(row.contestant.notes) + list(device.notes) + row.remarks
     if row.failures:
         state = "incomplete" if measured else "failed"
         notes += [f"{state}: {failure}" for failure in row.failures]

@@ -20,6 +20,7 @@ METRICS = ("ttft_ms", "prefill_tok_s", "decode_tok_s", "items_s", "item_ms")
 
 _MAX_NUMBER = 1e15
 _MAX_TEXT = 2000
+_MAX_REMARKS = 16
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,7 @@ class Answers:
 
     runtime_rss_bytes: the process with its runtime imported and nothing loaded. load_peak_rss_bytes: the peak when
     the session is ready. peak_rss_bytes: the peak at the end. facts: versions and counts, for the row's settings.
+    remarks: what a device found out about this artifact, for the row's notes.
     """
 
     samples: list[dict[str, float]] = field(default_factory=list)
@@ -79,6 +81,7 @@ class Answers:
     load_peak_rss_bytes: int | None = None
     peak_rss_bytes: int | None = None
     facts: dict[str, str | float] = field(default_factory=dict)
+    remarks: list[str] = field(default_factory=list)
     error: str = ""
     problem: str = ""
     done: bool = False
@@ -118,6 +121,10 @@ class Answers:
         elif kind == "done":
             self.peak_rss_bytes = int(_number(event, "peak_rss_bytes"))
             self.done = True
+        elif kind == "remark":
+            if len(self.remarks) >= _MAX_REMARKS:
+                raise BenchError(f"more than {_MAX_REMARKS} remarks")
+            self.remarks.append(str(event.get("text", ""))[:_MAX_TEXT])
         elif kind == "error":
             self.error = str(event.get("message", ""))[:_MAX_TEXT] or "the worker failed without a message"
         else:

@@ -39,6 +39,7 @@ class ScriptedDevice:
 
     name = "scripted"
     notes: tuple[str, ...] = ("a note of the device",)
+    timed: bool = True
 
     def __init__(self, scripts: dict[str, Callable[[int], str]]) -> None:
         self.scripts, self.order, self.runs = scripts, list[str](), dict[str, int]()
@@ -187,3 +188,25 @@ def test_spread_refuses_what_is_no_number() -> None:
     assert spread([4.0]).low == spread([4.0]).high == 4.0
     with pytest.raises(BenchError):
         spread([1.0, math.nan])
+
+
+def test_a_device_whose_times_mean_nothing_gives_memory_and_remarks(contestants: list[Contestant]) -> None:
+    """Nothing timed is shown; the row is no failure; a remark that every round repeats is shown once."""
+    lines = [
+        {"event": "ready", "runtime_rss_bytes": 1_000_000, "versions": {}},
+        {"event": "loaded", "load_s": 0.1, "load_peak_rss_bytes": 2_000_000},
+        {"event": "remark", "text": "agrees"},
+        {"event": "done", "peak_rss_bytes": 3_000_000},
+    ]
+    code = f"for line in {[json.dumps(e) for e in lines]!r}: print(line, flush=True)"
+    device = ScriptedDevice({"a": constant(code)})
+    device.timed = False
+    (row,) = run_bench(contestants[:1], QUICK, device=device)
+    assert sorted(row.metrics) == ["load_peak_rss_bytes", "peak_rss_bytes", "runtime_rss_bytes"]
+    assert row.notes == ("a note of the device", "agrees")
+
+
+def test_endless_remarks_end_the_worker(contestants: list[Contestant]) -> None:
+    device = ScriptedDevice({"a": constant(script(10.0, tail="while True: print('{\"event\": \"remark\"}')"))})
+    (row,) = run_bench(contestants[:1], QUICK, device=device)
+    assert any("more than 16 remarks" in note for note in row.notes)

@@ -37,6 +37,7 @@ class Device(Protocol):
 
     name: str
     notes: tuple[str, ...]  # shown in every row, e.g. "emulated: times are not times"
+    timed: bool  # False: its times mean nothing, so that no sample is taken and no time is shown
 
     def threads(self) -> int:
         """Threads used when the caller fixed none: all physical cores."""

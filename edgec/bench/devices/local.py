@@ -39,6 +39,8 @@ def needs() -> tuple[str, ...]:
 class LocalDevice:
     """Workers are children of this process, with its interpreter and a fixed environment."""
 
+    timed = True
+
     def __init__(self, limits: HostLimits) -> None:
         self._limits = limits
         told = []

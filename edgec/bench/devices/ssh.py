@@ -69,6 +69,7 @@ class SshDevice:
     """One remote machine; connected when first asked, cleaned up when this process ends."""
 
     notes: tuple[str, ...] = ()
+    timed = True
 
     def __init__(self, target: str, port: int) -> None:
         self._target, self._port = target, port
