@@ -32,10 +32,14 @@ MAX_THREADS = 1024
 
 @dataclass(frozen=True)
 class RuntimeOptions:
-    """threads: of one operator; 0 means all physical cores that this process may use. spin: when idle threads spin."""
+    """threads: of one operator; 0 means all physical cores that this process may use. spin: when idle threads spin.
+
+    profile: onnxruntime writes which operators ran to a file whose name begins so, when the model is closed; "" none.
+    """
 
     threads: int = 0
     spin: Spin = "run"
+    profile: str = ""
 
     def __post_init__(self) -> None:
         if not 0 <= self.threads <= MAX_THREADS:
@@ -109,10 +113,15 @@ def session_options(options: RuntimeOptions) -> onnxruntime.SessionOptions:
     result.log_severity_level = 3
     for key, value in options.config_entries().items():
         result.add_session_config_entry(key, value)
+    if options.profile:
+        result.enable_profiling = True
+        result.profile_file_prefix = options.profile
     return result
 
 
 def genai_overlay(options: RuntimeOptions) -> dict[str, Any]:
     """The same for onnxruntime-genai, as an overlay of genai_config.json (unknown strings become config entries)."""
     session = {"intra_op_num_threads": options.thread_count(), "inter_op_num_threads": 1, **options.config_entries()}
+    if options.profile:
+        session["enable_profiling"] = options.profile
     return {"model": {"decoder": {"session_options": session}}}
