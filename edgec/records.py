@@ -178,6 +178,22 @@ class Spread:
 
 
 @dataclass(frozen=True)
+class Roofline:
+    """How near decoding comes to the memory that it reads from.
+
+    weight_bytes, cache_bytes: read per token, weights as the runtime holds them and the cache half-way through the
+    generated tokens. read_bytes_s: what the device's threads read per second. limit_tok_s: one divided by the other.
+    distance: limit ÷ measured: 1 at the limit, 1.3 for 30 % away from it, below 1 where caches hold the weights.
+    """
+
+    weight_bytes: int
+    cache_bytes: int
+    read_bytes_s: float
+    limit_tok_s: float
+    distance: float
+
+
+@dataclass(frozen=True)
 class Measurement:
     """One bench row: one contestant on one device. Rates and times are medians over fresh processes.
 
@@ -185,7 +201,9 @@ class Measurement:
     ttft_ms, prefill_tok_s, decode_tok_s: causal LMs, at the stated prompt and generation lengths.
     items_s: encoders, sentences per second at the stated batch; item_ms the latency of a single sentence.
     peak_rss_bytes: of the whole process; runtime_rss_bytes: the same process with the runtime imported, nothing loaded.
-    artifact_bytes: model file and external data.
+    rss_growth_bytes: peak RSS per 1000 further tokens of context. joules_token, joules_item: where the machine tells.
+    artifact_bytes: model file and external data. kv_cache_bytes: keys and values of prompt and generated tokens.
+    ceilings: of the device, `read_bytes_s` and `integer_op_s`. roofline: causal LMs whose files and device tell.
     """
 
     contestant: str
@@ -197,6 +215,9 @@ class Measurement:
     artifact_bytes: int = 0
     quality: Mapping[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    kv_cache_bytes: int = 0
+    ceilings: Mapping[str, float] = field(default_factory=dict)
+    roofline: Roofline | None = None
 
 
 def as_dict(record: Any) -> dict[str, Any]:

@@ -16,8 +16,10 @@ from statistics import median
 import numpy as np
 
 from edgec import limits
+from edgec.bench import ceilings
 from edgec.bench.devices import Device, open_device
 from edgec.bench.jobs import METRICS, Answers, Job
+from edgec.bench.reads import Reads, reads_of
 from edgec.bench.sizes import artifact_bytes
 from edgec.bench.text import sentences
 from edgec.errors import BenchError, EdgecError, UsageError
@@ -58,7 +60,8 @@ class BenchSettings:
 
     samples, warmup, min_sample_s: inside each process. prompt_tokens, new_tokens: causal LMs. batch,
     sentence_words: encoders. spread_bound: interquartile range ÷ median above which a row says that it is
-    unsettled. timeout_s: of one process.
+    unsettled. timeout_s: of one process. long_prompt: the second prompt that growth of memory is measured with, so
+    many times the first; 0 for none.
     """
 
     device: str = "local"
@@ -75,6 +78,7 @@ class BenchSettings:
     timeout_s: float = 600.0
     spin: Spin = "run"
     seed: int = 0
+    long_prompt: int = 4
 
     def __post_init__(self) -> None:
         RuntimeOptions(self.threads, self.spin)
@@ -87,6 +91,8 @@ class BenchSettings:
             raise UsageError("warmup must not be negative, and min_sample_s must be between 0 and 60 seconds")
         if not 0 < self.timeout_s <= limits.WORKER_TIMEOUT_S:
             raise UsageError(f"timeout_s must be above 0 and at most {limits.WORKER_TIMEOUT_S}, got {self.timeout_s}")
+        if self.long_prompt != 0 and not 2 <= self.long_prompt <= 1024:
+            raise UsageError(f"long_prompt must be 0, or from 2 to 1024 times the prompt, got {self.long_prompt}")
         if not self.spread_bound > 0:
             raise UsageError(f"spread_bound must be above 0, got {self.spread_bound}")
 
@@ -98,6 +104,8 @@ class _Row:
     contestant: Contestant
     job: Job
     bytes: int
+    reads: Reads | None = None
+    untold: str = ""  # why there are no reads
     values: dict[str, list[float]] = field(default_factory=dict)
     facts: dict[str, str | float] = field(default_factory=dict)
     remarks: list[str] = field(default_factory=list)
@@ -122,7 +130,9 @@ def run_bench(
     if not names or len(set(names)) != len(names):
         raise UsageError(f"a bench needs contestants with different names, got {names}")
     device = device or open_device(settings.device)
-    rows = [_Row(c, _job(c, settings, device), artifact_bytes(c.folder)) for c in contestants]
+    rows = [_row(c, settings, device) for c in contestants]
+    asked = any(row.reads is not None for row in rows)
+    ceiling = ceilings.ask(device, rows[0].job.threads) if asked else ceilings.Ceilings()
     done, total = 0, len(rows) * settings.rounds
     for round_number in range(settings.rounds):
         turn = round_number % len(rows)
@@ -136,7 +146,17 @@ def run_bench(
         progress(total, total, "")
     if not any(row.values for row in rows):
         raise BenchError(f"nothing could be measured; {rows[0].contestant.name}: {rows[0].failures[0]}")
-    return [_measurement(row, device, settings) for row in rows]
+    return [_measurement(row, device, settings, ceiling) for row in rows]
+
+
+def _row(contestant: Contestant, settings: BenchSettings, device: Device) -> _Row:
+    row = _Row(contestant, _job(contestant, settings, device), artifact_bytes(contestant.folder))
+    if row.job.task == CAUSAL_LM:
+        try:
+            row.reads = reads_of(contestant.folder)
+        except BenchError as error:
+            row.untold = f"no roofline: {error}"
+    return row
 
 
 def _job(contestant: Contestant, settings: BenchSettings, device: Device) -> Job:
@@ -155,6 +175,7 @@ def _job(contestant: Contestant, settings: BenchSettings, device: Device) -> Job
         min_sample_s=settings.min_sample_s,
         prompt_tokens=settings.prompt_tokens,
         new_tokens=settings.new_tokens,
+        long_prompt_tokens=settings.long_prompt * settings.prompt_tokens if task == CAUSAL_LM and device.timed else 0,
         seed=settings.seed,
         sentences=sentences(settings.batch, settings.sentence_words, settings.seed) if task == ENCODER else (),
     )
@@ -179,6 +200,9 @@ def _measure_once(row: _Row, device: Device, settings: BenchSettings, round_numb
         value = getattr(answers, name)
         if value is not None:
             row.values.setdefault(name, []).append(float(value))
+    if answers.context_rss:
+        (short, short_rss), (long, long_rss) = answers.context_rss
+        row.values.setdefault("rss_growth_bytes", []).append(max(0.0, 1000 * (long_rss - short_rss) / (long - short)))
     row.facts.update(answers.facts)
     row.remarks += [remark for remark in answers.remarks if remark not in row.remarks]
     if answers.done and not problem and len(answers.samples) == row.job.samples:
@@ -190,7 +214,7 @@ def _measure_once(row: _Row, device: Device, settings: BenchSettings, round_numb
     row.failures.append(f"round {round_number + 1}: {reason}{kept}")
 
 
-def _measurement(row: _Row, device: Device, settings: BenchSettings) -> Measurement:
+def _measurement(row: _Row, device: Device, settings: BenchSettings, ceiling: ceilings.Ceilings) -> Measurement:
     metrics = {name: spread(values) for name, values in row.values.items() if device.timed or name != "load_s"}
     measured = any(name in metrics for name in METRICS) if device.timed else "peak_rss_bytes" in metrics
     notes = list(row.contestant.notes) + list(device.notes) + row.remarks
@@ -198,6 +222,12 @@ def _measurement(row: _Row, device: Device, settings: BenchSettings) -> Measurem
         state = "incomplete" if measured else "failed"
         notes += [f"{state}: {failure}" for failure in row.failures]
     notes += _spread_notes(metrics, settings.spread_bound)
+    notes += [reason for reason in (row.untold, ceiling.problem if row.reads else "") if reason]
+    tokens = settings.prompt_tokens + settings.new_tokens
+    decode, read = metrics.get("decode_tok_s"), ceiling.values.get(ceilings.READ)
+    placed = None
+    if row.reads is not None and decode is not None and read is not None:
+        placed = ceilings.place(row.reads, tokens - settings.new_tokens / 2, read, decode.value)
     return Measurement(
         contestant=row.contestant.name,
         device=device.name,
@@ -208,6 +238,9 @@ def _measurement(row: _Row, device: Device, settings: BenchSettings) -> Measurem
         artifact_bytes=row.bytes,
         quality=dict(row.contestant.quality),
         notes=tuple(notes),
+        kv_cache_bytes=round(row.reads.cache_bytes * tokens) if row.reads else 0,
+        ceilings=dict(ceiling.values),
+        roofline=placed,
     )
 
 

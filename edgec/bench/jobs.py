@@ -15,12 +15,13 @@ from typing import Any
 from edgec.errors import BenchError
 
 JOB_VERSION = 1
-METRICS = ("ttft_ms", "prefill_tok_s", "decode_tok_s", "items_s", "item_ms")
+METRICS = ("ttft_ms", "prefill_tok_s", "decode_tok_s", "items_s", "item_ms", "joules_token", "joules_item")
 """What one timed sample may hold; all are times or rates, so all are finite and above zero."""
 
 _MAX_NUMBER = 1e15
 _MAX_TEXT = 2000
 _MAX_REMARKS = 16
+_MAX_CEILINGS = 16
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Job:
     samples: timed samples after `warmup` untimed ones; each repeats its work until `min_sample_s` have passed.
     prompt_tokens, new_tokens, seed: causal LMs; a seeded random prompt, then exactly new_tokens generated.
     sentences: encoders; one batch, and the first of them one by one for the latency of a single sentence.
+    long_prompt_tokens: causal LMs; a second length, to see how memory grows with context; 0 for none.
     cores, ram_limit_bytes: what the worker holds itself to before it loads its runtime; 0 for no limit.
     """
 
@@ -43,6 +45,7 @@ class Job:
     min_sample_s: float = 0.3
     prompt_tokens: int = 128
     new_tokens: int = 64
+    long_prompt_tokens: int = 0
     seed: int = 0
     sentences: tuple[str, ...] = ()
     cores: int = 0
@@ -72,7 +75,8 @@ class Answers:
 
     runtime_rss_bytes: the process with its runtime imported and nothing loaded. load_peak_rss_bytes: the peak when
     the session is ready. peak_rss_bytes: the peak at the end. facts: versions and counts, for the row's settings.
-    remarks: what a device found out about this artifact, for the row's notes.
+    context_rss: (prompt tokens, peak RSS in bytes of generating after them), a short prompt and a long one. ceilings:
+    what a roofline job found, by name. remarks: what a device found out about this artifact, for the row's notes.
     """
 
     samples: list[dict[str, float]] = field(default_factory=list)
@@ -80,6 +84,8 @@ class Answers:
     runtime_rss_bytes: int | None = None
     load_peak_rss_bytes: int | None = None
     peak_rss_bytes: int | None = None
+    context_rss: tuple[tuple[float, float], ...] = ()
+    ceilings: dict[str, float] = field(default_factory=dict)
     facts: dict[str, str | float] = field(default_factory=dict)
     remarks: list[str] = field(default_factory=list)
     error: str = ""
@@ -118,6 +124,17 @@ class Answers:
             if len(self.samples) >= job.samples:
                 raise BenchError(f"more than the {job.samples} samples asked for")
             self.samples.append({name: _number(metrics, name) for name in metrics})
+        elif kind == "context":
+            keys = ("short_tokens", "short_rss_bytes", "long_tokens", "long_rss_bytes")
+            short, short_rss, long, long_rss = (_number(event, key) for key in keys)
+            if not short < long:
+                raise BenchError(f"a long prompt of {long:g} tokens beside a short one of {short:g}")
+            self.context_rss = ((short, short_rss), (long, long_rss))
+        elif kind == "ceilings":
+            values = event.get("values")
+            if not isinstance(values, dict) or len(values) > _MAX_CEILINGS:
+                raise BenchError("ceilings that are not a few numbers by name")
+            self.ceilings = {str(name)[:64]: _number(values, name) for name in values}
         elif kind == "done":
             self.peak_rss_bytes = int(_number(event, "peak_rss_bytes"))
             self.done = True

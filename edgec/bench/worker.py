@@ -19,6 +19,8 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import IO, Any, cast
 
+from edgec.bench import energy, roofline
+from edgec.bench.energy import Meter
 from edgec.bench.jobs import Job
 from edgec.errors import BenchError, EdgecError
 from edgec.runtime.artifact import find_loader
@@ -56,9 +58,14 @@ def measure(job: Job, say: Callable[..., None]) -> None:
     """Runs one job; `say(event, **values)` gets each answer as it is known."""
     _hold_back(job)
     folder = Path(job.folder)
+    if job.task == roofline.ROOFLINE:
+        say("ceilings", values=roofline.measure(folder, job.threads, job.ram_limit_bytes))
+        say("done", peak_rss_bytes=memory()[1])
+        return
     loader = find_loader(folder)
     versions = loader.prepare()
-    say("ready", runtime_rss_bytes=memory()[0], versions=versions)
+    meter, told = energy.find()
+    say("ready", runtime_rss_bytes=memory()[0], versions={**versions, "energy": told})
     started = time.perf_counter()
     model = loader.load(folder, RuntimeOptions(job.threads, cast(Any, job.spin)))
     load_s = time.perf_counter() - started
@@ -70,9 +77,9 @@ def measure(job: Job, say: Callable[..., None]) -> None:
         if not job.sentences:
             raise BenchError("an encoder's job needs sentences")
         loaded["sentence_tokens"] = encoder.token_count(job.sentences) / len(job.sentences)
-        sample = _encoder_sampler(encoder, job)
+        sample = _encoder_sampler(encoder, job, meter)
     elif model.task == CAUSAL_LM:
-        sample = _causal_sampler(cast(CausalLM, model), job)
+        sample = _causal_sampler(cast(CausalLM, model), job, meter)
     else:
         raise BenchError(f"the worker cannot measure the task {model.task!r}")
     say("loaded", **loaded)
@@ -81,14 +88,18 @@ def measure(job: Job, say: Callable[..., None]) -> None:
         metrics = sample(0.0 if warm else job.min_sample_s)
         if not warm:
             say("sample", metrics=metrics)
-    say("done", peak_rss_bytes=memory()[1])
+    peak = memory()[1]
+    if model.task == CAUSAL_LM and job.long_prompt_tokens:
+        _say_growth(cast(CausalLM, model), job, say)
+    say("done", peak_rss_bytes=peak)
 
 
-def _encoder_sampler(model: Encoder, job: Job) -> Callable[[float], dict[str, float]]:
+def _encoder_sampler(model: Encoder, job: Job, meter: Meter | None) -> Callable[[float], dict[str, float]]:
     """Sentences per second at one batch and the latency of a single sentence; tokenization is part of both."""
     singles = job.sentences[:_SINGLES]
 
     def sample(min_seconds: float) -> dict[str, float]:
+        mark = meter.mark() if meter else None
         batches, started = 0, time.perf_counter()
         while True:
             model.embed(job.sentences, batch_size=len(job.sentences))
@@ -96,34 +107,46 @@ def _encoder_sampler(model: Encoder, job: Job) -> Callable[[float], dict[str, fl
             elapsed = time.perf_counter() - started
             if elapsed >= min_seconds:
                 break
+        joules = meter.joules(mark) if meter else 0.0
         latencies = []
         for sentence in singles:
             begun = time.perf_counter()
             model.embed([sentence])
             latencies.append(time.perf_counter() - begun)
-        return {"items_s": batches * len(job.sentences) / elapsed, "item_ms": 1e3 * median(latencies)}
+        done = batches * len(job.sentences)
+        return {"items_s": done / elapsed, "item_ms": 1e3 * median(latencies), **_each("joules_item", joules, done)}
 
     return sample
 
 
-def _causal_sampler(model: CausalLM, job: Job) -> Callable[[float], dict[str, float]]:
-    """Time to first token (cache allocation and prefill), then the rate of the tokens after it.
+def _each(name: str, joules: float, count: int) -> dict[str, float]:
+    """Energy of one; nothing where no meter told, or where a coarse one did not move."""
+    return {name: joules / count} if joules > 0 and count else {}
 
-    The prompt is random but seeded, so that every contestant with the same vocabulary sees the same ids.
-    """
-    chooser = random.Random(job.seed)  # noqa: S311 - reproducible, not secret
-    prompt = [chooser.randrange(model.vocab_size) for _ in range(job.prompt_tokens)]
+
+def _prompt(model: CausalLM, tokens: int, seed: int) -> list[int]:
+    """Random but seeded, so that every contestant with the same vocabulary sees the same ids."""
+    chooser = random.Random(seed)  # noqa: S311 - reproducible, not secret
+    return [chooser.randrange(model.vocab_size) for _ in range(tokens)]
+
+
+def _causal_sampler(model: CausalLM, job: Job, meter: Meter | None) -> Callable[[float], dict[str, float]]:
+    """Time to first token (cache allocation and prefill), then the rate of the tokens after it, and their energy."""
+    prompt = _prompt(model, job.prompt_tokens, job.seed)
 
     def sample(min_seconds: float) -> dict[str, float]:
         first: list[float] = []
         rest: list[float] = []
+        joules = 0.0
         while True:
             begun = time.perf_counter()
             tokens = model.forced(prompt, job.new_tokens)
             next(tokens)
+            mark = meter.mark() if meter else None
             prefilled = time.perf_counter()
             count = 1 + sum(1 for _ in tokens)
             ended = time.perf_counter()
+            joules += meter.joules(mark) if meter else 0.0
             if count != job.new_tokens:
                 raise BenchError(f"the runtime generated {count} tokens instead of {job.new_tokens}")
             first.append(prefilled - begun)
@@ -133,9 +156,39 @@ def _causal_sampler(model: CausalLM, job: Job) -> Callable[[float], dict[str, fl
         result = {"ttft_ms": 1e3 * fmean(first), "prefill_tok_s": job.prompt_tokens / fmean(first)}
         if job.new_tokens > 1:
             result["decode_tok_s"] = (job.new_tokens - 1) / fmean(rest)
+            result |= _each("joules_token", joules, (job.new_tokens - 1) * len(rest))
         return result
 
     return sample
+
+
+def _say_growth(model: CausalLM, job: Job, say: Callable[..., None]) -> None:
+    """The peak of generating after the usual prompt, then after a long one. What earlier work left behind is in both,
+    and nothing is said where the model's context is too short for a prompt twice as long.
+    """
+    new = min(2, job.new_tokens)
+    lengths = (job.prompt_tokens, min(job.long_prompt_tokens, model.context_length - new))
+    if lengths[1] < 2 * lengths[0]:
+        return
+    peaks = []
+    for tokens in lengths:
+        _forget_peak()
+        for _ in model.forced(_prompt(model, tokens, job.seed), new):
+            pass
+        peaks.append(memory()[1])
+    say(
+        "context",
+        short_tokens=lengths[0],
+        short_rss_bytes=peaks[0],
+        long_tokens=lengths[1],
+        long_rss_bytes=peaks[1],
+    )
+
+
+def _forget_peak() -> None:
+    """Linux: the peak becomes what is resident now (proc(5), clear_refs). Elsewhere the older peak stays in both."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
 def memory() -> tuple[int, int]:

@@ -20,7 +20,9 @@ from edgec.subprocesses import Finished
 
 WORKER_FILES = (
     "bench/__init__.py",
+    "bench/energy.py",
     "bench/jobs.py",
+    "bench/roofline.py",
     "bench/worker.py",
     "contraction.py",
     "errors.py",
