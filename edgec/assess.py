@@ -6,18 +6,16 @@ Ordered here, beside `pipeline`, because a comparison needs exports (baselines),
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from edgec import pipeline, subprocesses
-from edgec.bench import baselines, shapes
+from edgec import pipeline
 from edgec.bench.harness import BenchSettings, Contestant, run_bench
 from edgec.checkpoint import read_json
-from edgec.errors import BenchError, CheckpointError, UsageError
+from edgec.contestants import ExportCost, of_shape, peers
+from edgec.errors import CheckpointError, UsageError
 from edgec.evaluate.embeddings import (
     Pairs,
     pair_similarities,
@@ -28,11 +26,8 @@ from edgec.evaluate.embeddings import (
 )
 from edgec.modeling import ENCODER_TASK
 from edgec.records import MANIFEST_NAME, Measurement
-from edgec.runtime.interfaces import CAUSAL_LM, ENCODER
 from edgec.runtime.ort_encoder import OrtEncoder
 from edgec.workspace import Workspace
-
-_EXPORT_TIMEOUT_S = 3600
 
 
 @dataclass(frozen=True)
@@ -49,15 +44,6 @@ class BenchRequest:
     baselines: tuple[str, ...] = ()
     sts: Path | None = None
     calibration: Path | None = None
-
-
-@dataclass(frozen=True)
-class ExportCost:
-    """What making one artifact took: wall seconds and the peak RSS of its process [bytes]."""
-
-    name: str
-    seconds: float
-    peak_rss_bytes: int
 
 
 def evaluate(
@@ -108,7 +94,7 @@ def bench(request: BenchRequest, progress: pipeline.Progress) -> list[Measuremen
     if request.baselines:
         if request.model is None:
             raise UsageError("--baseline needs --model: the dense checkpoint that the baselines are made from")
-        contestants += _baselines(request, progress)
+        contestants += peers(Workspace(request.model), request.baselines, request.work, progress)
     if request.model is not None:
         workspace = Workspace(request.model, request.calibration)
         contestants = [
@@ -138,69 +124,10 @@ def _quality(workspace: Workspace, contestant: Contestant, sts: Path | None) -> 
     return quality
 
 
-def _baselines(request: BenchRequest, progress: pipeline.Progress) -> list[Contestant]:
-    """Dense peers made by other people's tools, from edgec's own dense fp32 export (encoders) or the checkpoint (causal
-    LMs).
-    """
-    assert request.model is not None
-    encoder = Workspace(request.model).task == ENCODER_TASK
-    known = {"fp32", *baselines.names(ENCODER)} if encoder else set(baselines.names(CAUSAL_LM))
-    if unknown := sorted(set(request.baselines) - known):
-        raise UsageError(f"unknown baseline {unknown[0]!r}; known for this model: {', '.join(sorted(known))}")
-    made: list[Contestant] = []
-    dense = request.work / "dense-fp32"
-    if encoder:
-        pipeline.export(
-            pipeline.ExportRequest(request.model, "onnx-x64", dense, plan="dense:fp32", plain=True), progress
-        )
-    for done, name in enumerate(request.baselines):
-        progress("baselines", done, len(request.baselines))
-        if encoder and name == "fp32":
-            made.append(Contestant("dense fp32", dense, ENCODER))
-            continue
-        out = request.work / f"dense-{name}"
-        baselines.make(name, ENCODER if encoder else CAUSAL_LM, dense if encoder else request.model, out)
-        made.append(Contestant(f"dense {name}", out))
-    progress("baselines", len(request.baselines), len(request.baselines))
-    return made
-
-
 def bench_shape(
     name: str, plan: str, settings: BenchSettings, work: Path, progress: pipeline.Progress
 ) -> tuple[list[Measurement], list[ExportCost]]:
-    """Speed on a named random-weight shape: edgec's export of a constraint against the genai builder's dense int4.
-
-    What `work` already holds from an earlier run is measured again, not made again (and then has no ExportCost).
-    """
-    model = work / name
-    if not model.exists():
-        progress(f"writing {name}", 0, 1)
-        shapes.write(name, model)
-        progress(f"writing {name}", 1, 1)
-    factored, dense = work / f"{name}-edgec", work / f"{name}-dense-int4"
-    costs = []
-    if not factored.exists():
-        progress("exporting with edgec", 0, 1)
-        costs.append(_export_in_a_process(model, factored, plan))
-        progress("exporting with edgec", 1, 1)
-    if not dense.exists():
-        progress("exporting dense int4", 0, 1)
-        baselines.make("int4", CAUSAL_LM, model, dense)
-        progress("exporting dense int4", 1, 1)
-    contestants = [
-        Contestant(f"edgec {plan}", factored, CAUSAL_LM),
-        Contestant("dense int4 (genai builder)", dense, CAUSAL_LM),
-    ]
+    """Speed on a named random-weight shape; see `contestants.of_shape`."""
+    contestants, costs = of_shape(name, plan, work, progress)
     rows = run_bench(contestants, settings, lambda done, total, text: progress(f"bench {text}"[:40], done, total))
     return rows, costs
-
-
-def _export_in_a_process(model: Path, out: Path, plan: str) -> ExportCost:
-    """The export as a user would run it, in a process of its own, so that its peak memory is its own too."""
-    argv = [sys.executable, "-m", "edgec", "export", str(model), "--target", "onnx-x64", "--plan", plan]
-    argv += ["--plain", "--no-quality", "-o", str(out), "--json", "--force"]
-    finished = subprocesses.run(argv, timeout_s=_EXPORT_TIMEOUT_S)
-    if not finished.ok:
-        raise BenchError(f"exporting {model.name} failed: {finished.reason()}")
-    answer = json.loads(finished.stdout.splitlines()[-1])
-    return ExportCost(out.name, float(answer["seconds"]), int(answer["peak_rss_bytes"]))

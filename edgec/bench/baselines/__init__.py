@@ -2,11 +2,17 @@
 
 One file per baseline, found by file name. A file sets `PLUGIN = True` and defines
 
-    TASK: str       "encoder" or "causal-lm"
-    NAME: str       short name, unique within the task: "int8", "int4", …
+    TASKS: tuple[str, ...]      "encoder", "causal-lm"
+    NAME: str       short name, unique within each task: "int8", "int4", …
     TOOL: str       what makes it, for the report
-    SOURCE: str     what `build` reads: "dense-onnx" (edgec's own dense fp32 export of an encoder) or "checkpoint"
+    SOURCE: str     what `build` reads: "dense-onnx" (edgec's own dense fp32 export of an encoder), "dense-gguf"
+                    (edgec's own model.gguf of a causal LM, matrices in F16) or "checkpoint"
     build(source: Path, out: Path) -> None      writes a folder that the measurement worker loads
+
+and where it has them
+
+    missing() -> str                        what it needs and this machine lacks, in one line; "" when ready
+    notes(out: Path) -> tuple[str, ...]     what a reader of its row should know about the folder that it built
 
 `build` always runs in a process of its own (`make`): these tools configure the root logger, change the working
 directory, keep whole models alive, and one of them is a script.
@@ -22,12 +28,14 @@ from typing import Protocol, cast
 
 import edgec
 from edgec import limits, plugins
-from edgec.errors import BenchError, UsageError
+from edgec.errors import BenchError, RuntimeUnavailableError, UsageError
 from edgec.outputs import staged_folder
 from edgec.subprocesses import run
 
 DENSE_ONNX = "dense-onnx"
+DENSE_GGUF = "dense-gguf"
 CHECKPOINT = "checkpoint"
+SOURCES = (DENSE_ONNX, DENSE_GGUF, CHECKPOINT)
 TOKENIZER_FILES = (
     "config.json",
     "tokenizer.json",
@@ -40,7 +48,7 @@ TOKENIZER_FILES = (
 class Baseline(Protocol):
     """What a file in this folder defines at module level."""
 
-    TASK: str
+    TASKS: tuple[str, ...]
     NAME: str
     TOOL: str
     SOURCE: str
@@ -54,24 +62,40 @@ def all_baselines() -> tuple[Baseline, ...]:
 
 def names(task: str) -> tuple[str, ...]:
     """Short names of the baselines for a task."""
-    return tuple(b.NAME for b in all_baselines() if task == b.TASK)
+    return tuple(b.NAME for b in all_baselines() if task in b.TASKS)
 
 
 def get(name: str, task: str) -> Baseline:
     """The baseline `name` for `task`. Raises UsageError that lists the known ones."""
-    found = [b for b in all_baselines() if (name, task) == (b.NAME, b.TASK)]
+    found = [b for b in all_baselines() if name == b.NAME and task in b.TASKS]
     if found:
         return found[0]
     raise UsageError(f"unknown baseline {name!r} for {task}; known: {', '.join(names(task)) or 'none'}")
 
 
+def require(name: str, task: str) -> Baseline:
+    """The same, and everything that it needs is here. Raises RuntimeUnavailableError saying what is not."""
+    baseline = get(name, task)
+    missing = getattr(baseline, "missing", str)()
+    if missing:
+        raise RuntimeUnavailableError(f"baseline {name} ({baseline.TOOL}): {missing}")
+    return baseline
+
+
+def notes(name: str, task: str, out: Path) -> tuple[str, ...]:
+    """What is worth knowing about a folder that `make` built: its tool first."""
+    baseline = get(name, task)
+    more: tuple[str, ...] = getattr(baseline, "notes", lambda _: ())(out)
+    return (f"made by {baseline.TOOL}", *more)
+
+
 def make(name: str, task: str, source: Path, out: Path, timeout_s: float = limits.BASELINE_TIMEOUT_S) -> Path:
     """Builds the baseline `name` from `source` into `out`, which appears whole or not at all; returns `out`.
 
-    source: a dense fp32 ONNX folder for encoders, the checkpoint folder for causal LMs (see `SOURCE`). Raises
-    OutputError when `out` exists, BenchError with the tool's last words when it fails.
+    source: the folder that the baseline's `SOURCE` names. Raises OutputError when `out` exists,
+    RuntimeUnavailableError where something that it needs is missing, BenchError with the tool's last words.
     """
-    baseline = get(name, task)
+    baseline = require(name, task)
     if not source.is_dir():
         raise BenchError(f"baseline {name}: {source} is not a folder; expected a {baseline.SOURCE} folder")
     with staged_folder(out) as stage:

@@ -12,7 +12,7 @@ from pathlib import Path
 from edgec.bench.baselines import DENSE_ONNX, copy_tokenizer
 
 PLUGIN = True
-TASK = "encoder"
+TASKS = ("encoder",)
 NAME = "int4"
 TOOL = "onnxruntime MatMulNBitsQuantizer (block 32, accuracy level 4), embeddings int8 by quantize_dynamic"
 SOURCE = DENSE_ONNX

@@ -7,7 +7,7 @@ from pathlib import Path
 from edgec.bench.baselines import DENSE_ONNX, copy_tokenizer
 
 PLUGIN = True
-TASK = "encoder"
+TASKS = ("encoder",)
 NAME = "int4-all"
 TOOL = "onnxruntime MatMulNBitsQuantizer (block 32, accuracy level 4), embeddings at 4 bits too"
 SOURCE = DENSE_ONNX

@@ -11,7 +11,7 @@ from pathlib import Path
 from edgec.bench.baselines import DENSE_ONNX, copy_tokenizer
 
 PLUGIN = True
-TASK = "encoder"
+TASKS = ("encoder",)
 NAME = "int8"
 TOOL = "onnxruntime quantize_dynamic (int8, per channel)"
 SOURCE = DENSE_ONNX

@@ -7,7 +7,7 @@ from pathlib import Path
 from edgec.bench.baselines import CHECKPOINT, _genai_builder
 
 PLUGIN = True
-TASK = "causal-lm"
+TASKS = ("causal-lm",)
 NAME = "fp32"
 TOOL = "onnxruntime-genai model builder, fp32"
 SOURCE = CHECKPOINT

@@ -10,7 +10,7 @@ from pathlib import Path
 from edgec.bench.baselines import CHECKPOINT, _genai_builder
 
 PLUGIN = True
-TASK = "causal-lm"
+TASKS = ("causal-lm",)
 NAME = "int4"
 TOOL = "onnxruntime-genai model builder, int4 (block 32, accuracy level 4)"
 SOURCE = CHECKPOINT
