@@ -6,6 +6,6 @@ Nothing here computes a result. Names of layers, tensors and contestants are hos
 from __future__ import annotations
 
 from edgec.report.html import write_report
-from edgec.report.tables import measurement_table, plan_table, to_json, to_markdown
+from edgec.report.tables import measurement_table, plan_table, to_csv, to_json, to_markdown
 
-__all__ = ["measurement_table", "plan_table", "to_json", "to_markdown", "write_report"]
+__all__ = ["measurement_table", "plan_table", "to_csv", "to_json", "to_markdown", "write_report"]

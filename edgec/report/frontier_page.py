@@ -47,11 +47,11 @@ def plot(found: Frontier) -> plots.Plot:
         _line(axes, [p for p in shown if p.family == "edgec" and p.healed == healed], found.metric, healed)
     _scales(axes, shown, found.metric)
     axes.legend(
-        loc="lower left", bbox_to_anchor=(0, 1.01), ncols=4, frameon=False, fontsize=11, labelcolor=plots._INK,
+        loc="lower left", bbox_to_anchor=(0, 1.01), ncols=4, frameon=False, fontsize=11, labelcolor=plots.INK,
         handletextpad=0.3, columnspacing=1.1,
     )  # fmt: skip
     note = f"{METRIC_LABELS[found.metric]}; down and left is better; hollow: simulated, nothing executes it"
-    return plots.Plot("Frontier", note, plots._svg(figure, f"frontier {found.model} {len(found.points)}"))
+    return plots.Plot("Frontier", note, plots.svg(figure, f"frontier {found.model} {len(found.points)}"))
 
 
 def _field(axes: Axes, points: Sequence[Point], family: str, metric: str) -> None:
@@ -62,7 +62,7 @@ def _field(axes: Axes, points: Sequence[Point], family: str, metric: str) -> Non
     for number, ((simulated, healed), group) in enumerate(groups.items()):
         axes.scatter(
             [p.linear_bpw for p in group], [p.figures[metric] for p in group], s=58 if healed else 34, marker=marker,
-            facecolors="none" if simulated else colour, edgecolors=plots._INK if healed else colour,
+            facecolors="none" if simulated else colour, edgecolors=plots.INK if healed else colour,
             linewidths=1.2, zorder=3, label=family if number == 0 else None,
         )  # fmt: skip
 
@@ -75,9 +75,9 @@ def _line(axes: Axes, points: Sequence[Point], metric: str, healed: bool) -> Non
     low = [max(0.0, v - p.figures.get(f"{metric}_low", v)) for v, p in zip(y, ordered, strict=True)]
     high = [max(0.0, p.figures.get(f"{metric}_high", v) - v) for v, p in zip(y, ordered, strict=True)]
     axes.errorbar(
-        x, y, yerr=[low, high], color=plots._ACCENT, linewidth=2.2, marker="o", markersize=7, elinewidth=1.2,
+        x, y, yerr=[low, high], color=plots.ACCENT, linewidth=2.2, marker="o", markersize=7, elinewidth=1.2,
         linestyle="-" if healed or len({p.healed for p in points}) == 1 else "--", zorder=4,
-        markerfacecolor=plots._ACCENT, label="edgec, healed" if healed else "edgec",
+        markerfacecolor=plots.ACCENT, label="edgec, healed" if healed else "edgec",
     )  # fmt: skip
 
 
@@ -95,15 +95,15 @@ def _scales(axes: Axes, points: Sequence[Point], metric: str) -> None:
         axes.set_yscale("log")
     elif values:  # a loss of zero or less is within the noise of none: the axis is linear there
         axes.set_yscale("symlog", linthresh=_linear_below(values))
-    axes.grid(True, color=plots._FAINT, linewidth=0.8)
+    axes.grid(True, color=plots.FAINT, linewidth=0.8)
     axes.set_axisbelow(True)
-    axes.tick_params(colors=plots._INK, labelsize=11, length=3)
+    axes.tick_params(colors=plots.INK, labelsize=11, length=3)
     axes.tick_params(which="minor", length=0, labelleft=False)
     for side, spine in axes.spines.items():
         spine.set_visible(side in ("left", "bottom"))
-        spine.set_color(plots._INK)
-    axes.set_xlabel("bits per weight of the block linears", fontsize=11.5, color=plots._INK)
-    axes.set_ylabel(METRIC_LABELS[metric], fontsize=11.5, color=plots._INK, labelpad=2)
+        spine.set_color(plots.INK)
+    axes.set_xlabel("bits per weight of the block linears", fontsize=11.5, color=plots.INK)
+    axes.set_ylabel(METRIC_LABELS[metric], fontsize=11.5, color=plots.INK, labelpad=2)
 
 
 def _linear_below(values: Sequence[float]) -> float:

@@ -15,7 +15,8 @@ from typing import Any
 from edgec._version import __version__
 from edgec.outputs import written_file
 from edgec.records import Measurement, Plan, Spread
-from edgec.report import plots, text
+from edgec.report import curves, frontier_page, plots, text
+from edgec.report.frontier_records import Frontier
 
 Cell = str | float | int | None
 
@@ -33,12 +34,15 @@ def write_report(
     subject: str | None = None,
     reference: str | None = None,
     not_measured: Sequence[str] = (),
+    healing: Sequence[tuple[float, int, float]] = (),
+    frontier: Frontier | None = None,
 ) -> Path:
     """Writes the report to `path` (replacing it, whole or not at all) and returns it.
 
     profile_entropies: layer name → entanglement entropy [nats]. quality: rows of a table, columns in order of
     appearance. subject: the contestant to highlight (default: the first); reference: the one that it is compared
     with in the headline (default: none). not_measured: lines added to what the report finds missing itself.
+    healing: (seconds, step, held-out divergence) of the subject's healing. frontier: of `edgec frontier`, as it is.
     Raises OutputError.
     """
     subject = subject or (measurements[0].contestant if measurements else "")
@@ -48,6 +52,9 @@ def write_report(
         "tiles": _tiles(measurements, subject, reference),
         "groups": [_group(task, rows, subject) for task, rows in text.by_task(measurements).items()],
         "plan": _plan(plan, profile_entropies) if plan else None,
+        "curves": [
+            made for made in (curves.healing(healing), frontier_page.plot(frontier) if frontier else None) if made
+        ],
         "quality": _quality_table(quality),
         "machine": {text.clean(k): text.clean(v, 400) for k, v in (machine or _this_machine()).items()},
         "commands": [text.clean(c, 4000) for c in commands],
@@ -97,25 +104,33 @@ def _tile(label: str, shown: str, value: float, other: float | None) -> dict[str
 
 def _group(task: str, rows: Sequence[Measurement], subject: str) -> dict[str, Any]:
     metrics = text.shown_metrics(rows)
+    limits = any(row.roofline or row.kv_cache_bytes for row in rows)
     return {
         "task": {"encoder": "Sentence encoder", "causal-lm": "Causal language model"}.get(task, text.clean(task)),
         "conditions": text.conditions(rows),
-        "columns": [f"{m.label}{f', {m.unit}' if m.unit else ''}" for m in metrics],
-        "rows": [_row(row, metrics, subject) for row in rows],
-        "plots": plots.bars(rows, subject),
+        "columns": [f"{m.label}{f', {m.unit}' if m.unit else ''}" for m in metrics] + (list(_LIMITS) if limits else []),
+        "rows": [_row(row, metrics, subject, limits=limits) for row in rows],
+        "with_limits": limits,
+        "plots": [*filter(None, [curves.size_against_quality(rows, subject)]), *plots.bars(rows, subject)],
         "notes": [(text.clean(row.contestant), text.clean(n, 600)) for row in rows for n in row.notes],
         "with_quality": any(row.quality for row in rows),
     }
 
 
-def _row(row: Measurement, metrics: Sequence[text.Metric], subject: str) -> dict[str, Any]:
+_LIMITS = ("Limit ÷ decode", "KV cache")
+
+
+def _row(row: Measurement, metrics: Sequence[text.Metric], subject: str, *, limits: bool) -> dict[str, Any]:
+    cells = [_cell(metric, row.metrics.get(metric.key)) for metric in metrics]
+    if limits:
+        cells += [text.memory_limit(row), text.kv_cache(row)]
     return {
         "name": text.clean(row.contestant),
         "subject": row.contestant == subject,
         "failed": not row.metrics,
         "size": text.size(row.artifact_bytes),
         "quality": text.quality_items(row.quality),
-        "cells": [_cell(metric, row.metrics.get(metric.key)) for metric in metrics],
+        "cells": cells,
     }
 
 
@@ -124,7 +139,10 @@ def _cell(metric: text.Metric, found: Spread | None) -> tuple[str, str]:
     if found is None:
         return text.MISSING, ""
     shown = text.size if metric.is_bytes else lambda value: text.number(value * metric.scale)
-    return shown(found.value), f"{shown(found.low)} … {shown(found.high)}" if found.n > 1 else ""
+    low, high = shown(found.low), shown(found.high)
+    if low.rpartition(" ")[2] == high.rpartition(" ")[2]:
+        low = low.rpartition(" ")[0] or low  # 89.2 … 92.8 MB: the unit once
+    return shown(found.value), f"{low} … {high}" if found.n > 1 else ""
 
 
 def _plan(plan: Plan, entropies: Mapping[str, float] | None) -> dict[str, Any]:
@@ -188,8 +206,17 @@ def _missing(rows: Sequence[Measurement], plan: Plan | None) -> list[str]:
     if failed:
         result.append(f"Speed and memory of {', '.join(failed)}: every attempt failed (see the notes).")
     if rows:
-        result.append("Devices other than the one named above; energy; temperature and throttling over long runs.")
+        result.append("Devices other than the one named above; temperature and throttling over long runs.")
+        result += _no_energy(rows)
         result.append("Loading from a cold disk: after the first round the files are in the page cache.")
     if plan and all(c.error is None for c in plan.choices):
         result.append("The functional error of each layer: the plan was made without activations.")
     return result
+
+
+def _no_energy(rows: Sequence[Measurement]) -> list[str]:
+    """Why there are no joules, in the words of the machine that was asked."""
+    if any(name.startswith("joules_") for row in rows for name in row.metrics):
+        return []
+    told = next((str(row.settings["energy"]) for row in rows if "energy" in row.settings), "the device was not asked")
+    return [f"Energy: {text.clean(told, 80)}."]

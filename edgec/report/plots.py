@@ -23,11 +23,13 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _WIDTH_IN, _DPI = 5.0, 72
-_INK, _FAINT, _ACCENT, _OTHER, _RUNTIME = "#010101", "#020202", "#030303", "#040404", "#050505"
-_VARIABLES = {_INK: "--ink", _FAINT: "--line", _ACCENT: "--accent", _OTHER: "--bar", _RUNTIME: "--shade"}
+WIDTH_PX = _WIDTH_IN * _DPI
+INK, FAINT, ACCENT, OTHER, _RUNTIME = "#010101", "#020202", "#030303", "#040404", "#050505"
+_VARIABLES = {INK: "--ink", FAINT: "--line", ACCENT: "--accent", OTHER: "--bar", _RUNTIME: "--shade"}
 _LABEL_CHARACTERS = 30
 _CELL_TEXT_COLUMNS = 8
 _Bar = tuple[str, float, float, float, float]  # name, median, lower quartile, upper quartile, shaded part
+_IDS = r' id="(?:figure|axes|patch|line2d|text|matplotlib\.axis|[xy]tick|(?:Path|Poly|Line)Collection)_\d+"'
 _BLOCK = re.compile(r"(?:^|\.)(\d{1,4})(?:\.|$)")
 
 
@@ -66,21 +68,21 @@ def bars(rows: Sequence[Measurement], subject: str) -> list[Plot]:
 
 
 def _bar_plot(title: str, note: str, rows: Sequence[_Bar], subject: str, shown: Callable[[float], str]) -> Plot:
-    figure, axes = _figure(0.25 + 0.6 * len(rows))
+    drawn, axes = figure(0.25 + 0.6 * len(rows))
     top = max(max(r[1], r[3]) for r in rows)
     for i, (name, value, low, high, shaded) in enumerate(rows):
-        axes.barh(i, value, height=0.42, color=_ACCENT if name == subject else _OTHER)
+        axes.barh(i, value, height=0.42, color=ACCENT if name == subject else OTHER)
         if shaded:
             axes.barh(i, min(shaded, value), height=0.42, color=_RUNTIME)
         if high > low:
-            axes.plot([low, high], [i, i], color=_INK, linewidth=1.1, solid_capstyle="butt")
+            axes.plot([low, high], [i, i], color=INK, linewidth=1.1, solid_capstyle="butt")
         label = text.shorten(name, _LABEL_CHARACTERS)
-        _say(axes, 0, i - 0.3, label, va="bottom", ha="left", fontsize=12.5, color=_INK)
-        _say(axes, max(value, high) + 0.02 * top, i, shown(value), va="center", ha="left", fontsize=12.5, color=_INK)
+        _say(axes, 0, i - 0.3, label, va="bottom", ha="left", fontsize=12.5, color=INK)
+        _say(axes, max(value, high) + 0.02 * top, i, shown(value), va="center", ha="left", fontsize=12.5, color=INK)
     axes.set_xlim(0, top * 1.24)
     axes.set_ylim(len(rows) - 0.5, -0.75)
     axes.axis("off")
-    return Plot(title, note, _svg(figure, f"bars {title} {rows}"))
+    return Plot(title, note, svg(drawn, f"bars {title} {rows}"))
 
 
 def layer_strips(plan: Plan, entropies: Mapping[str, float] | None) -> list[Plot]:
@@ -132,14 +134,14 @@ def _strip(title: str, note: str, cells: Mapping[tuple[str, int], tuple[float, s
     values = [v for v, _ in cells.values() if math.isfinite(v)]
     low, high = min(values), max(values)
     colours = mpl.colormaps["viridis"]
-    figure, axes = _figure(0.42 + 0.34 * len(kinds))
+    drawn, axes = figure(0.42 + 0.34 * len(kinds))
     left = 0.5 * max(1, len(blocks))
     for y, kind in enumerate(kinds):
-        _say(axes, -0.02 * len(blocks), y, text.shorten(kind, 18), va="center", ha="right", fontsize=11.5, color=_INK)
+        _say(axes, -0.02 * len(blocks), y, text.shorten(kind, 18), va="center", ha="right", fontsize=11.5, color=INK)
         for x, block in enumerate(blocks):
             value, label = cells.get((kind, block), (math.nan, ""))
             if not math.isfinite(value):
-                axes.add_patch(Rectangle((x, y - 0.44), 0.94, 0.88, fill=False, edgecolor=_FAINT, linewidth=0.6))
+                axes.add_patch(Rectangle((x, y - 0.44), 0.94, 0.88, fill=False, edgecolor=FAINT, linewidth=0.6))
                 continue
             shade = 0.15 + 0.8 * ((value - low) / (high - low) if high > low else 0.5)
             axes.add_patch(Rectangle((x, y - 0.44), 0.94, 0.88, color=colours(shade), linewidth=0))
@@ -148,21 +150,22 @@ def _strip(title: str, note: str, cells: Mapping[tuple[str, int], tuple[float, s
                 _say(axes, x + 0.47, y, label, va="center", ha="center", fontsize=11, color=ink)
     step = max(1, math.ceil(len(blocks) / 12))
     for x in range(0, len(blocks), step):
-        _say(axes, x + 0.47, len(kinds) - 0.38, str(blocks[x]), va="top", ha="center", fontsize=11, color=_INK)
+        _say(axes, x + 0.47, len(kinds) - 0.38, str(blocks[x]), va="top", ha="center", fontsize=11, color=INK)
     axes.set_xlim(-left, len(blocks))
     axes.set_ylim(len(kinds) + 0.1, -0.55)
     axes.axis("off")
     shown = f"{note}; from {text.number(low)} (dark) to {text.number(high)} (bright); blocks from left to right"
-    return Plot(title, shown, _svg(figure, f"strip {title} {sorted(cells)}"))
+    return Plot(title, shown, svg(drawn, f"strip {title} {sorted(cells)}"))
 
 
-def _figure(height_in: float) -> tuple[Figure, Axes]:
-    """A figure of its own, 360 px wide, without pyplot's global state and without any window system."""
+def figure(height_in: float, place: tuple[float, float, float, float] = (0.0, 0.0, 1.0, 1.0)) -> tuple[Figure, Axes]:
+    """A figure of its own, 360 px wide, without pyplot's global state and without any window system. place: of its
+    axes, (left, bottom, width, height) as shares.
+    """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(_WIDTH_IN, height_in), dpi=_DPI)
-    axes = figure.add_axes((0.0, 0.0, 1.0, 1.0))
-    return figure, axes
+    made = Figure(figsize=(_WIDTH_IN, height_in), dpi=_DPI)
+    return made, made.add_axes(place)
 
 
 def _say(axes: Axes, x: float, y: float, words: str, **style: Any) -> None:
@@ -170,7 +173,7 @@ def _say(axes: Axes, x: float, y: float, words: str, **style: Any) -> None:
     axes.text(x, y, words, parse_math=False, **style)
 
 
-def _svg(figure: Figure, salt: str) -> str:
+def svg(drawn: Figure, salt: str) -> str:
     """The figure as an <svg> element: ids unlike those of other figures, no date, placeholder colours replaced."""
     import matplotlib as mpl
 
@@ -180,13 +183,13 @@ def _svg(figure: Figure, salt: str) -> str:
     buffer = io.StringIO()
     with mpl.rc_context(options), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a glyph that DejaVu lacks is drawn by the browser's font, not by matplotlib
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+        drawn.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    made = buffer.getvalue()
+    made = made[made.index("<svg") :]
+    made = re.sub(r"<metadata>.*?</metadata>", "", made, flags=re.DOTALL)
     # One id for every patch and text of every figure would be repeated in the page; nothing refers to them.
-    svg = re.sub(r' id="(?:figure|axes|patch|line2d|text|PolyCollection|LineCollection)_\d+"', "", svg)
-    svg = re.sub(r'font: ([\d.]+px)[^;"]*', r"font-size: \1; font-family: inherit", svg)
+    made = re.sub(_IDS, "", made)
+    made = re.sub(r'font: ([\d.]+px)[^;"]*', r"font-size: \1; font-family: inherit", made)
     for colour, variable in _VARIABLES.items():
-        svg = svg.replace(colour, f"var({variable})")
-    return svg.strip()
+        made = made.replace(colour, f"var({variable})")
+    return made.strip()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -39,6 +41,7 @@ def measurement_table(measurements: Sequence[Measurement], title: str = "") -> T
         cells += [Text(_cell(row, metric)) for metric in metrics]
         table.add_row(*cells)
     notes = [f"{text.shorten(r.contestant, 30)}: {text.clean(n, 400)}" for r in measurements for n in r.notes]
+    notes += [f"{text.shorten(r.contestant, 30)}: {line}" for r in measurements if (line := text.memory_line(r))]
     if measurements:
         notes.insert(0, text.conditions(measurements))
     table.caption = Text("\n".join(notes), style="dim")
@@ -110,16 +113,65 @@ def to_markdown(measurements: Sequence[Measurement]) -> str:
     for rows in text.by_task(measurements).values():
         metrics = text.shown_metrics(rows)
         header = ["contestant", "size", "quality", *(f"{m.label}{f' ({m.unit})' if m.unit else ''}" for m in metrics)]
+        extra = any(row.kv_cache_bytes or row.roofline for row in rows)
+        header += ["Limit ÷ decode", "KV cache"] if extra else []
         lines = [_markdown_row(header), "|" + " --- |" * len(header)]
         for row in rows:
             quality = "; ".join(f"{k} {v}" for k, v in text.quality_items(row.quality)) or text.MISSING
             cells = [row.contestant, text.size(row.artifact_bytes), quality]
             cells += [_cell(row, m).replace("\n", " ") for m in metrics]
+            if extra:
+                pairs = (text.memory_limit(row), text.kv_cache(row))
+                cells += [f"{value} ({detail})" if detail else value for value, detail in pairs]
             lines.append(_markdown_row(cells))
         lines += ["", _markdown(text.conditions(rows)), ""]
         lines += [f"- {_markdown(r.contestant)}: {_markdown(n)}" for r in rows for n in r.notes]
         parts.append("\n".join(lines).rstrip() + "\n")
     return "\n".join(parts)
+
+
+CSV_COLUMNS = ("contestant", "device", "threads", "metric", "unit", "median", "low", "high", "n")
+"""low and high are quartiles; they and n are empty for what is counted or computed, not repeated."""
+
+
+def to_csv(measurements: Sequence[Measurement]) -> str:
+    """One line per contestant and figure, unrounded, for spreadsheets and plots."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(CSV_COLUMNS)
+    for row in measurements:
+        head = (_csv(row.contestant), _csv(row.device), row.threads)
+        for name, found in row.metrics.items():
+            writer.writerow((*head, _csv(name), _unit(name), found.value, found.low, found.high, found.n))
+        for name, value in _counted(row).items():
+            writer.writerow((*head, _csv(name), _unit(name), value, "", "", ""))
+    return out.getvalue()
+
+
+def _counted(row: Measurement) -> dict[str, float]:
+    """Figures without a spread: sizes, quality, and what is computed from sizes and medians."""
+    found: dict[str, float] = {"artifact_bytes": row.artifact_bytes}
+    if row.kv_cache_bytes:
+        found["kv_cache_bytes"] = row.kv_cache_bytes
+    if row.roofline is not None:
+        found |= {f"roofline_{key}": value for key, value in as_dict(row.roofline).items()}
+    found |= {f"ceiling_{key}": value for key, value in row.ceilings.items()}
+    return found | {f"quality_{key}": value for key, value in row.quality.items()}
+
+
+def _unit(name: str) -> str:
+    """By the name's ending, which is where this project puts units."""
+    endings = {"tok_s": "tok/s", "items_s": "sentences/s", "bytes_s": "B/s", "op_s": "op/s", "bytes": "B", "ms": "ms"}
+    endings |= {"joules_token": "J/token", "joules_item": "J/sentence", "one_thread": "B/s", "_s": "s"}
+    endings |= {"rss_growth_bytes": "B/1000 tokens"}
+    longest = max((e for e in endings if name.endswith(e)), key=len, default="")
+    return endings.get(longest, "")
+
+
+def _csv(value: str) -> str:
+    """A name that no spreadsheet takes for a formula."""
+    shown = text.clean(value, 400)
+    return f"'{shown}" if shown[:1] in ("=", "+", "-", "@") else shown
 
 
 def _markdown_row(cells: Sequence[str]) -> str:

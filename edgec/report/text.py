@@ -32,6 +32,8 @@ METRICS: tuple[Metric, ...] = (
     Metric("ttft_ms", "First token", "ms", higher_is_better=False),
     Metric("peak_rss_bytes", "Peak RAM", "", higher_is_better=False, is_bytes=True),
     Metric("load_s", "Load", "ms", scale=1e3, higher_is_better=False),
+    Metric("joules_token", "Energy", "J/token", higher_is_better=False),
+    Metric("joules_item", "Energy", "J/sentence", higher_is_better=False),
 )
 """Shown metrics, most wanted first; others (memory while loading, of the empty runtime) are in the JSON."""
 
@@ -120,6 +122,46 @@ def shown_metrics(measurements: Sequence[Measurement]) -> list[Metric]:
     return [m for m in METRICS if any(m.key in row.metrics for row in measurements)]
 
 
+def memory_limit(row: Measurement) -> tuple[str, str]:
+    """How far decoding is from the memory's limit, and what the limit is; dashes where it is not known."""
+    found = row.roofline
+    if found is None:
+        return MISSING, ""
+    read = size(found.weight_bytes + found.cache_bytes)
+    return f"{found.distance:.2f} ×", f"{number(found.limit_tok_s)} tok/s, {read} a token"
+
+
+def kv_cache(row: Measurement) -> tuple[str, str]:
+    """What the cache holds after prompt and generation, and how much the process grew with its context."""
+    growth = row.metrics.get("rss_growth_bytes")
+    grown = f"{size(growth.value)} of RAM per 1000 tokens" if growth else ""
+    return size(row.kv_cache_bytes) if row.kv_cache_bytes else MISSING, grown
+
+
+def memory_line(row: Measurement) -> str:
+    """One sentence about what decoding reads and what its cache takes; "" where neither is known."""
+    parts = []
+    if row.roofline is not None:
+        found = row.roofline
+        parts.append(
+            f"a token reads {size(found.weight_bytes)} of weights and {size(found.cache_bytes)} of cache: at most "
+            f"{number(found.limit_tok_s)} tok/s, {found.distance:.2f} × the measured"
+        )
+    if row.kv_cache_bytes:
+        parts.append(f"KV cache {size(row.kv_cache_bytes)}")
+    if growth := row.metrics.get("rss_growth_bytes"):
+        parts.append(f"{size(growth.value)} of RAM per 1000 tokens more")
+    return "; ".join(parts)
+
+
+def ceilings(rows: Sequence[Measurement]) -> str:
+    """What the device itself gave in this run; "" where it was not asked."""
+    told = next((row.ceilings for row in rows if row.ceilings), {})
+    labels = {"read_bytes_s": "memory reads {} GB/s", "read_bytes_s_one_thread": "one thread {} GB/s"}
+    labels["integer_op_s"] = "integer products {} GOP/s"
+    return " · ".join(label.format(number(told[key] / 1e9)) for key, label in labels.items() if key in told)
+
+
 def by_task(measurements: Sequence[Measurement]) -> dict[str, list[Measurement]]:
     """Rows grouped by task, in order of appearance: tokens and sentences do not share a table."""
     groups: dict[str, list[Measurement]] = {}
@@ -134,8 +176,11 @@ def conditions(rows: Sequence[Measurement]) -> str:
     parts = [f"device {clean(first.device)}", f"{first.threads} thread{'' if first.threads == 1 else 's'}"]
     if any((r.device, r.threads) != (first.device, first.threads) for r in rows):
         parts = ["devices and threads as stated in each row"]
+    if measured := ceilings(rows):
+        parts.append(measured)
     for key, value in first.settings.items():
         if all(r.settings.get(key) == value for r in rows):
             shown = f"{value:g}" if isinstance(value, float) else str(value)
-            parts.append(f"{clean(key, 40).replace('_', ' ')} {clean(shown, 60)}")
+            colon = ":" if key == "energy" else ""
+            parts.append(f"{clean(key, 40).replace('_', ' ')}{colon} {clean(shown, 64)}")
     return " · ".join(parts)
