@@ -1,4 +1,4 @@
-"""Builds the folder in which the aarch64 wheels run: Debian packages for arm64, two wheels, one emulator.
+"""Builds the folder in which the aarch64 wheels run: Debian packages for arm64, four wheels, one emulator.
 
 `apt-get` works on an apt state of its own (nothing on the machine is installed or changed, so no root rights are
 needed) and resolves the dependencies itself, from the package sources that this machine is configured for;
@@ -24,6 +24,8 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
+
+from edgec.bench.devices._arm64_root import python_command, python_environment
 
 CACHE = Path(__file__).resolve().parents[2] / ".cache"
 """Where roots are kept, below the repository; ignored by git."""
@@ -64,7 +66,10 @@ CPUINFO = _CORE.format(index=0) + _CORE.format(index=1)
 onnxruntime finds no arm core; from 1.28 on it then crashes at import. Kernels are chosen by the emulated
 hardware capabilities, not by this text."""
 
-_SELF_CHECK = "import json, numpy, onnxruntime, platform, pickle, zipfile; print(platform.machine())"
+_SELF_CHECK = (
+    "import json, numpy, onnxruntime, onnxruntime_genai, tokenizers, platform, pickle, zipfile; "
+    "print(platform.machine())"
+)
 """First start: proves that the wheels load, and leaves compiled modules behind (later starts take half the time)."""
 
 
@@ -76,37 +81,19 @@ class BrokenRootError(Exception):
     """Every package was there and the result still does not run: a failure, not a reason to skip."""
 
 
+WHEELS = ("numpy", "onnxruntime", "onnxruntime-genai", "tokenizers")
+"""What the measuring worker imports (edgec/bench/worker.py), for sentence encoders and for causal LMs."""
+
+
 def wheels() -> tuple[str, ...]:
-    """Requirements of the two wheels: the versions installed here, so that both sides run the same code."""
-    return tuple(f"{name}=={version(name)}" for name in ("numpy", "onnxruntime"))
+    """Requirements of the wheels: the versions installed here, so that both sides run the same code."""
+    return tuple(f"{name}=={version(name)}" for name in WHEELS)
 
 
 def recipe_hash() -> str:
     """Twelve hex digits that change whenever anything that goes into the root changes."""
     recipe = [ARM64_PACKAGES, EMULATOR_PACKAGE, WHEEL_PLATFORMS, CPUINFO, _SELF_CHECK, wheels()]
     return hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:12]
-
-
-def python_environment(root: Path) -> dict[str, str]:
-    """The whole environment of the emulated python: nothing of the caller's leaks in."""
-    return {
-        "PYTHONHOME": str(root / "sysroot" / "usr"),
-        "PYTHONPATH": str(root / "site"),
-        "PYTHONNOUSERSITE": "1",
-        "PYTHONUTF8": "1",
-        "OMP_NUM_THREADS": "1",
-        "OPENBLAS_NUM_THREADS": "1",
-    }
-
-
-def python_command(root: Path, cpu: str) -> list[str]:
-    """Arguments that start the arm64 python on one emulated CPU model."""
-    pythons = [
-        path for path in (root / "sysroot/usr/bin").glob("python3.*") if re.fullmatch(r"python3\.\d+", path.name)
-    ]
-    if len(pythons) != 1:
-        raise BrokenRootError(f"expected one python3.N in the arm64 root, found {len(pythons)}")
-    return [str(root / "emulator"), "-cpu", cpu, "-L", str(root / "sysroot"), str(pythons[0])]
 
 
 def ensure_root(cache: Path = CACHE) -> Path:
@@ -203,7 +190,7 @@ def _merge_usr(sysroot: Path) -> None:
 
 
 def _install_wheels(root: Path) -> None:
-    """Unpack the two wheels into `site/`, for the python that Debian brought."""
+    """Unpack the wheels into `site/`, for the python that Debian brought."""
     python_version = Path(python_command(root, "max")[-1]).name.removeprefix("python")
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-compile", "--only-binary=:all:"]
     command += ["--disable-pip-version-check", "--root-user-action=ignore", "--python-version", python_version]

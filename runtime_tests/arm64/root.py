@@ -12,17 +12,11 @@ from typing import Any
 
 import numpy as np
 
+from edgec.bench.devices._arm64_root import CORTEX_A76, CPUS, python_command, python_environment
 from runtime_tests.arm64 import worker
-from runtime_tests.arm64.build import python_command, python_environment
 
-DEFAULT_CPU = "cortex-a76"
-"""Emulated CPU model: dot products and half floats, no int8 matrix multiply; 2018's phones and today's boards."""
-
-NEWEST_CPU = "max"
-"""Everything that the emulator knows (int8 matrix multiply, SVE, ...): the kernels of newer phones and servers."""
-
-CPUS = (DEFAULT_CPU, NEWEST_CPU)
-"""The two sets of kernels that matter: onnxruntime picks others when the CPU can multiply int8 matrices."""
+DEFAULT_CPU = CORTEX_A76
+"""The CPU model that a case runs on unless it says otherwise; onnxruntime picks other kernels on the newest one."""
 
 
 class Arm64Error(Exception):
@@ -31,6 +25,9 @@ class Arm64Error(Exception):
 
 class UnsupportedOnArm64Error(Arm64Error):
     """onnxruntime's aarch64 wheel has no kernel for an operator (or its bits, or its types) in the model."""
+
+
+__all__ = ["CPUS", "DEFAULT_CPU", "Arm64Error", "Arm64Root", "Arm64Run", "Case", "UnsupportedOnArm64Error"]
 
 
 @dataclass(frozen=True)
