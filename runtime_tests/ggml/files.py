@@ -17,6 +17,7 @@ from edgec.export.gguf.writer import GgufTensor, write_gguf
 from edgec.fit import contraction_of
 from edgec.plan.candidates import uniform
 from edgec.quantize.ggml_formats import row_bytes
+from edgec.runtime.ggml.bundles import file_order
 from edgec.runtime.ggml.program import FORMAT, FORMAT_KEY, PROGRAMS_KEY, ROTATION_KEY, Program, encode
 
 SIZES = {"tiny": "llama-tiny", "300m": "llama-300m", "1b": "llama-3.2-1b"}
@@ -52,6 +53,8 @@ def write(size: str, kind: str, path: Path, ratio: float | None = None) -> Made:
             cores = core_shapes(contraction)
             products += [_matrix(f"{name}.edgec.{core}", s, kind) for core, s in cores.items()]  # type: ignore[arg-type]
             programs[name] = Program(contraction, {core: f"{name}.edgec.{core}" for core in cores})
+        by_name = {tensor.name: tensor for tensor in products}
+        products = [by_name[name] for name in file_order(list(by_name), programs)]
         metadata |= {FORMAT_KEY: FORMAT, ROTATION_KEY: "halves", PROGRAMS_KEY: encode(programs)}
         read = sum(t.nbytes for t in products)
     write_gguf(path, metadata, [*tensors, *products])

@@ -89,6 +89,7 @@ class Theirs:
 
 def prepare(job: dict[str, Any]) -> None:
     """Import what the contestant needs, and load nothing."""
+    np.random.default_rng(0)  # imports numpy.random, which is the measurement's and not the runtime's
     import_llama_cpp()
     if job["runtime"] == "ggml":
         from edgec.runtime.ggml import model

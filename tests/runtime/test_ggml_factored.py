@@ -36,6 +36,7 @@ from edgec.records import Spec
 from edgec.runtime import RuntimeOptions, find_loader, llama_cpp, open_artifact
 from edgec.runtime.ggml import MODEL_FILE, library
 from edgec.runtime.ggml.model import GgmlModel
+from edgec.runtime.ggml.network import Network
 from edgec.runtime.llama_cpp import Vocabulary
 
 TARGET = get_target("gguf-factored")
@@ -345,3 +346,25 @@ def test_without_the_extra_the_message_says_how_to_get_it(
     finally:
         llama_cpp.import_llama_cpp.cache_clear()
         library.library.cache_clear()
+
+
+def test_layers_of_one_input_share_their_first_product(
+    lm_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Packed (int4) and as they lie in the file (int8): the same numbers as one product per core."""
+    checkpoint = open_checkpoint(lm_source)
+    folder = exported(checkpoint, factor(checkpoint, half), tmp_path / "out")
+    ids = ids_of(320).tolist()
+
+    def answers() -> tuple[GgmlModel, list[NDArray[Any]]]:
+        model = GgmlModel(folder, ONE)
+        model.session.start(64)
+        return model, [model.session.prefill(ids).copy(), *(model.session.step(i).copy() for i in ids[:4])]
+
+    model, found = answers()
+    bundled = model.session.network.bundles
+    assert bundled and all(model.session.weights.has(name) for name in bundled)
+    monkeypatch.setattr(Network, "bundles", {})
+    model, expected = answers()
+    assert not any(model.session.weights.has(name) for name in bundled)
+    np.testing.assert_array_equal(found, expected)

@@ -24,6 +24,7 @@ from edgec.export.gguf.writer import GgufTensor, tensor_of, write_gguf
 from edgec.fit import Core, Factors
 from edgec.gguf_header import GgufHeader, read_header
 from edgec.quantize.formats import QuantizedTensor
+from edgec.runtime.ggml.bundles import file_order
 from edgec.runtime.ggml.model import GgmlModel
 from edgec.runtime.ggml.program import (
     FORMAT,
@@ -72,7 +73,8 @@ def contents(draft: stock.Draft, factors: Mapping[str, Factors]) -> tuple[dict[s
             places = {n: place(f"{name}.edgec.{n}", core) for n, core in cores.items()}
             programs[name] = Program(fitted.contraction, places)
     found += _rest(draft, factors)
-    return _metadata(draft, programs), found
+    tensors = {tensor.name: tensor for tensor in found}
+    return _metadata(draft, programs), [tensors[name] for name in file_order(list(tensors), programs)]
 
 
 def write(path: Path, metadata: Mapping[str, Value], tensors: list[GgufTensor], progress: Progress) -> dict[str, int]:

@@ -7,13 +7,15 @@ are bit for bit its own. Where a layer is factored, its product is a contraction
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from edgec.runtime.ggml.library import PREC_F32, Library
 from edgec.runtime.ggml.network import ROPE_FREQS, TABLE, Network
-from edgec.runtime.ggml.ops import Cores, NamedCores, lower
+from edgec.runtime.ggml.ops import NamedCores, lower
 from edgec.runtime.ggml.tensors import Context, Tensor, kind_of, padded, sizes, strides
+from edgec.runtime.ggml.weights import Weights
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class Forward:
     """Builds one graph into a context. tokens: how many at once; seen: cache positions that attention reads."""
 
     def __init__(
-        self, lib: Library, network: Network, weights: Cores, context: Context, tokens: int, seen: int
+        self, lib: Library, network: Network, weights: Weights, context: Context, tokens: int, seen: int
     ) -> None:
         self.lib, self.network, self.config, self.weights = lib, network, network.config, weights
         self.context, self.tokens, self.seen = context, tokens, seen
@@ -95,9 +97,10 @@ class Forward:
 
     def _attention(self, layer: int, x: Tensor, inputs: Inputs, cache: Cache, fill_only: bool) -> Tensor | None:
         c, lib, name = self.config, self.lib, f"blk.{layer}."
-        query = self._heads(self._linear(f"{name}attn_q", x), c.heads)
-        key = self._heads(self._linear(f"{name}attn_k", x), c.kv_heads)
-        value = self._heads(self._linear(f"{name}attn_v", x), c.kv_heads)
+        begun = self._begin(f"{name}attn", x)
+        query = self._heads(self._linear(f"{name}attn_q", x, begun), c.heads)
+        key = self._heads(self._linear(f"{name}attn_k", x, begun), c.kv_heads)
+        value = self._heads(self._linear(f"{name}attn_v", x, begun), c.kv_heads)
         if c.normed_heads:
             query, key = self._norm(query, f"{name}attn_q_norm"), self._norm(key, f"{name}attn_k_norm")
         local = c.local(layer)
@@ -158,13 +161,30 @@ class Forward:
         return viewed, self._node("view_3d", values, self.seen, c.head, c.kv_heads, step, step * c.head, 0)
 
     def _feed_forward(self, layer: int, x: Tensor) -> Tensor:
-        up, gate = self._linear(f"blk.{layer}.ffn_up", x), self._linear(f"blk.{layer}.ffn_gate", x)
+        begun = self._begin(f"blk.{layer}.ffn", x)
+        up, gate = self._linear(f"blk.{layer}.ffn_up", x, begun), self._linear(f"blk.{layer}.ffn_gate", x, begun)
         gated = self._node("geglu_split" if self.config.gemma else "swiglu_split", gate, up)
         return self._linear(f"blk.{layer}.ffn_down", gated)
 
-    def _linear(self, name: str, x: Tensor) -> Tensor:
-        """y (out, T) of x (in, T), with the bias that the file has."""
-        if name in self.network.programs:
+    def _begin(self, part: str, x: Tensor) -> dict[str, Tensor]:
+        """Layers of this part of a block whose first cores are one product → their parts of it, of sizes (r, T)."""
+        bundle = self.network.bundles.get(part)
+        if bundle is None or not self.weights.has(part):
+            return {}
+        product = self._node("mul_mat", self.weights.product(part), x)
+        row, place, found = strides(product)[1], 0, {}
+        for layer, rows in zip(bundle.layers, bundle.rows, strict=True):
+            part_of = self._node("view_2d", product, rows, sizes(x)[1], row, place)
+            # products with packed weights read four tokens of x as one piece of memory
+            found[layer] = part_of if sizes(x)[1] == 1 else self._node("cont", part_of)
+            place += 4 * rows
+        return found
+
+    def _linear(self, name: str, x: Tensor, begun: Mapping[str, Tensor] = MappingProxyType({})) -> Tensor:
+        """y (out, T) of x (in, T), with the bias that the file has. begun: layers of which one step is done."""
+        if name in begun:
+            y = self._contract(name, begun[name], sizes(x)[1], done=1)
+        elif name in self.network.programs:
             y = self._contract(name, x, sizes(x)[1])
         else:
             y = self._node("mul_mat", self.weights.product(f"{name}.weight"), x)
@@ -172,10 +192,10 @@ class Forward:
             y = self._node("add", y, self.weights.plain(f"{name}.bias"))
         return y
 
-    def _contract(self, name: str, x: Tensor, tokens: int) -> Tensor:
+    def _contract(self, name: str, x: Tensor, tokens: int, done: int = 0) -> Tensor:
         program = self.network.programs[name]
         cores = NamedCores(self.weights, program.cores)
-        return lower(self.lib, self.context.pointer, program.contraction, cores, x, tokens)
+        return lower(self.lib, self.context.pointer, program.contraction, cores, x, tokens, done)
 
     def _rotate(self, x: Tensor, inputs: Inputs, local: bool) -> Tensor:
         c = self.config

@@ -69,7 +69,8 @@ class GgmlModel:
         header = read_header(self.path)
         network = read_network(header)
         self.device = Device((options or RuntimeOptions()).thread_count(), device)
-        weights = Weights(self.device, header, network.uses(), pack=pack)
+        bundles = {name: bundle.cores for name, bundle in network.bundles.items()}
+        weights = Weights(self.device, header, network.uses(), bundles, pack=pack)
         self.session = Session(self.device, network, weights, flash=flash, cache=cache, chunk=chunk)
         self.vocab_size, self.context_length = network.config.vocab, network.config.context
         self._ends = [t for key in _ENDS if (t := _token(header, key, self.vocab_size)) is not None]

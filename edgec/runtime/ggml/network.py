@@ -6,12 +6,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 
 from edgec import limits
 from edgec.contraction import BlockMatMul, Gather, MatMul, Scale, Step, Sum, core_shapes, infer_shape, walk
 from edgec.errors import CheckpointError
 from edgec.gguf_header import GgufHeader
+from edgec.runtime.ggml.bundles import Bundle, bundles
 from edgec.runtime.ggml.config import Config, read_config
 from edgec.runtime.ggml.library import BF16, F16, F32, ROPE_HALVES
 from edgec.runtime.ggml.ops import node_count
@@ -63,6 +65,10 @@ class Network:
     def head(self) -> str:
         """The layer that makes logits: the table where the file has no head of its own."""
         return HEAD if HEAD in self.programs or f"{HEAD}.weight" in self.tensors else TABLE
+
+    @cached_property
+    def bundles(self) -> dict[str, Bundle]:
+        return bundles(self.programs)
 
     def vectors(self) -> dict[str, int]:
         """Norms that must be there, with their sizes, and biases that the file has."""

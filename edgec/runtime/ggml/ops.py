@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from math import prod
 from typing import Protocol
 
-from edgec.contraction import Contraction, Sum, run
+from edgec.contraction import Contraction, Sum, infer_shape, run
 from edgec.runtime.ggml.library import Library
 from edgec.runtime.ggml.tensors import Tensor, padded, sizes
 
@@ -102,9 +102,15 @@ class NamedCores:
         return self.tensors.plain(self.names[core])
 
 
-def lower(lib: Library, context: int, contraction: Contraction, cores: Cores, x: Tensor, tokens: int) -> Tensor:
-    """The nodes of a contraction: x of sizes (in, tokens), or token ids (tokens) → y of sizes (out, tokens)."""
-    return run(contraction.steps, GgmlOps(lib, context, cores, tokens), x, contraction.start)
+def lower(
+    lib: Library, context: int, contraction: Contraction, cores: Cores, x: Tensor, tokens: int, done: int = 0
+) -> Tensor:
+    """The nodes of a contraction: x of sizes (in, tokens), or token ids (tokens) → y of sizes (out, tokens).
+
+    done: how many steps x has been through already.
+    """
+    trailing = infer_shape(contraction.steps[:done], contraction.start)
+    return run(contraction.steps[done:], GgmlOps(lib, context, cores, tokens), x, trailing)
 
 
 def node_count(contraction: Contraction) -> int:

@@ -10,15 +10,16 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from edgec.errors import NumericsError, UsageError
 from edgec.runtime.ggml.forward import Cache, Forward, Inputs
 from edgec.runtime.ggml.library import F16, F32, I32, I64, Q8_0
 from edgec.runtime.ggml.network import TABLE, Network
+from edgec.runtime.ggml.ports import Input, Output
 from edgec.runtime.ggml.tensors import Allocator, Buffer, Context, Device, Tensor
 from edgec.runtime.ggml.weights import Weights
 from edgec.runtime.interfaces import Floats
@@ -33,85 +34,110 @@ CACHE_KINDS = {"f16": F16, "q8_0": Q8_0, "f32": F32}
 
 @dataclass(frozen=True)
 class _Built:
-    """A graph with its memory: outputs tokens' logits. generation: of the allocator that placed it."""
+    """A graph with its memory. logits: to be read from, None where they are computed in place (or not at all).
+    generation: of the allocator that placed it.
+    """
 
     context: Context
     graph: int
     logits: Tensor | None
-    outputs: int
     generation: int
 
 
 class _Feed:
-    """Input tensors for graphs of `tokens` tokens, in memory of their own, so that their contents stay."""
+    """Inputs of graphs of `tokens` tokens, in memory of their own, so that their contents stay."""
 
     def __init__(
         self, device: Device, network: Network, weights: Weights, tokens: int, capacity: int, flash: bool
     ) -> None:
-        self.device, self.weights, self.tokens, self.window = device, weights, tokens, network.config.window
-        self._mask_dtype = np.float16 if flash else np.float32
-        mask_kind = F16 if flash else F32
+        self.weights, self.tokens, self.window = weights, tokens, network.config.window
         self._context = context = Context(device.lib, 16)
         width = network.config.kv_width
         table = None if TABLE in network.programs else weights.header.tensors[f"{TABLE}.weight"]
-        self.inputs = Inputs(
-            ids=context.new(I32, tokens),
-            positions=context.new(I32, tokens),
-            places=context.new(I64, tokens),
-            mask=context.new(mask_kind, tokens * capacity),
-            outputs=context.new(I32, tokens),
-            local_mask=context.new(mask_kind, tokens * capacity) if self.window else None,
-            value_places=None if flash else context.new(I64, tokens * width),
-            rows=context.new(table.type, network.config.width, tokens) if table else None,
-            order=context.new(I32, tokens) if table else None,
-        )
-        self._strides = np.arange(width, dtype=np.int64)[None, :] * capacity
-        self._buffer = device.allocate(context, "the inputs")
-        if self.inputs.order is not None:
-            device.write(self.inputs.order, np.arange(tokens, dtype=np.int32))
-        self._seen: tuple[int, int] | None = None
-        self._open, self._shut = np.zeros(1, self._mask_dtype), np.full(1, -np.inf, self._mask_dtype)
 
-    def fill(self, ids: NDArray[np.int32], start: int, seen: int) -> None:
+        def make(kind: int, dtype: DTypeLike, *ne: int) -> Input:
+            return Input(device, context, kind, dtype, *ne)
+
+        mask: tuple[int, DTypeLike] = (F16, np.float16) if flash else (F32, np.float32)
+        self.ids = make(I32, np.int32, tokens)
+        self.positions = make(I32, np.int32, tokens)
+        self.places = make(I64, np.int64, tokens)
+        self.mask = make(*mask, tokens * capacity)
+        self.outputs = make(I32, np.int32, tokens)
+        self.local_mask = make(*mask, tokens * capacity) if self.window else None
+        self.value_places = None if flash else make(I64, np.int64, tokens * width)
+        self.rows = make(table.type, np.uint8, network.config.width, tokens) if table else None
+        self.order = make(I32, np.int32, tokens) if table else None
+        if self.order is not None:
+            self.order.values[:] = np.arange(tokens)
+            self.order.send()
+        self._strides = np.arange(width, dtype=np.int64) * capacity
+        self._seen: tuple[int, int] | None = None
+        made = {name: getattr(self, name) for name in _INPUTS}
+        self.inputs = Inputs(**{name: one and one.tensor for name, one in made.items()})
+
+    def fill(self, ids: Sequence[int] | NDArray[np.int32], start: int, seen: int) -> None:
         """Tokens at positions start … of which attention reads `seen` cache positions."""
-        write, inputs = self.device.write, self.inputs
-        positions = np.arange(start, start + len(ids), dtype=np.int64)
-        if inputs.rows is None:
-            write(inputs.ids, ids)
+        if self.rows is None:
+            self.ids.values[:] = ids
+            self.ids.send()
         else:
-            write(inputs.rows, self.weights.rows(f"{TABLE}.weight", ids))
-        write(inputs.positions, positions.astype(np.int32))
-        write(inputs.places, positions)
-        if inputs.value_places is not None:
-            write(inputs.value_places, np.ascontiguousarray(positions[:, None] + self._strides))
-        if self._seen == (start - 1, seen) and self.tokens == 1:
+            self.weights.read_rows(f"{TABLE}.weight", ids, self.rows.values)
+            self.rows.send()
+        if self.tokens == 1 and self._seen == (start - 1, seen):
             self._step(start)
         else:
-            self._masks(positions, seen)
+            self._begin(start, seen)
         self._seen = (start, seen)
 
-    def choose(self, rows: NDArray[np.int32]) -> None:
-        """Rows whose logits are wanted."""
-        self.device.write(self.inputs.outputs, rows)
+    def choose(self, first: int) -> None:
+        """The logits of the tokens from `first` on are wanted."""
+        count = self.tokens - first
+        self.outputs.values[:count] = np.arange(first, self.tokens)
+        self.outputs.send(0, count)
 
     def _step(self, position: int) -> None:
-        """The mask of the next token: one more position is open, and one leaves the window."""
-        size = self._open.itemsize
-        self.device.write(self.inputs.mask, self._open, position * size)
-        if self.inputs.local_mask is not None:
-            self.device.write(self.inputs.local_mask, self._open, position * size)
+        """The token after the last one: one more position of the mask is open, and one leaves the window."""
+        self.positions.values[0] = self.places.values[0] = position
+        self.positions.send()
+        self.places.send()
+        if self.value_places is not None:
+            self.value_places.values += 1
+            self.value_places.send()
+        _set(self.mask, position, 0)
+        if self.local_mask is not None:
+            _set(self.local_mask, position, 0)
             if position >= self.window:
-                self.device.write(self.inputs.local_mask, self._shut, (position - self.window) * size)
+                _set(self.local_mask, position - self.window, -np.inf)
 
-    def _masks(self, positions: NDArray[np.int64], seen: int) -> None:
+    def _begin(self, start: int, seen: int) -> None:
+        positions = np.arange(start, start + self.tokens, dtype=np.int64)
+        self.positions.values[:] = self.places.values[:] = positions
+        self.positions.send()
+        self.places.send()
+        if self.value_places is not None:
+            self.value_places.values.reshape(self.tokens, -1)[:] = positions[:, None] + self._strides
+            self.value_places.send()
         keys = np.arange(seen)[None, :]
         hidden = keys > positions[:, None]
-        self.device.write(self.inputs.mask, self._mask(hidden))
-        if self.inputs.local_mask is not None:
-            self.device.write(self.inputs.local_mask, self._mask(hidden | (positions[:, None] - keys >= self.window)))
+        _cover(self.mask, hidden)
+        if self.local_mask is not None:
+            _cover(self.local_mask, hidden | (positions[:, None] - keys >= self.window))
 
-    def _mask(self, hidden: NDArray[np.bool_]) -> NDArray[np.float16] | NDArray[np.float32]:
-        return np.where(hidden, self._shut, self._open)
+
+_INPUTS = tuple(field.name for field in fields(Inputs))
+
+
+def _set(mask: Input, place: int, value: float) -> None:
+    mask.values[place] = value
+    mask.send(place, place + 1)
+
+
+def _cover(mask: Input, hidden: NDArray[np.bool_]) -> None:
+    """hidden [T, positions]: what attention must not see."""
+    flat = hidden.reshape(-1)
+    mask.values[: flat.size] = np.where(flat, -np.inf, 0.0)
+    mask.send(0, flat.size)
 
 
 class Session:
@@ -144,7 +170,7 @@ class Session:
         self._feeds: dict[int, _Feed] = {}
         self._graphs: OrderedDict[tuple[int, int, int], _Built] = OrderedDict()
         self._allocator = Allocator(device)
-        self._logits = np.empty(network.config.vocab, np.float32)
+        self._logits = Output(device, network.config.vocab)
 
     @property
     def cache_bytes(self) -> int:
@@ -175,9 +201,9 @@ class Session:
         for at in range(0, len(whole), self.chunk):
             part = whole[at : at + self.chunk]
             final = at + len(part) == len(whole)
-            self._run(part, self._logits if final else None)
+            self._run(part, self._logits.values if final else None)
         self.weights.forget_rows()
-        return self._checked(self._logits)
+        return self._checked(self._logits.values)
 
     def every(self, ids: Sequence[int]) -> Floats:
         """Tokens at the next positions → logits [T, V] of all of them."""
@@ -191,10 +217,10 @@ class Session:
 
     def step(self, token: int) -> Floats:
         """One token at the next position → logits [V] (a view that the next call overwrites)."""
-        self._run(np.array([token], np.int32), self._logits)
-        return self._logits
+        self._run((token,), self._logits.values)
+        return self._logits.values
 
-    def _run(self, ids: NDArray[np.int32], out: Floats | None) -> None:
+    def _run(self, ids: Sequence[int] | NDArray[np.int32], out: Floats | None) -> None:
         tokens, start = len(ids), self.position
         cache = self._cache
         if cache is None or start + tokens > cache.capacity:
@@ -210,7 +236,7 @@ class Session:
         built = self._graph(feed, tokens, seen, outputs, cache)
         feed.fill(ids, start, seen)
         if 0 < outputs < tokens:
-            feed.choose(np.arange(tokens - outputs, tokens, dtype=np.int32))
+            feed.choose(tokens - outputs)
         self.position = 0  # until the cache is whole again
         self.device.compute(built.graph)
         self.position = start + tokens
@@ -228,8 +254,10 @@ class Session:
         forward = Forward(self.device.lib, self.network, self.weights, context, tokens, seen)
         logits = forward.build(feed.inputs, cache, outputs)
         self.device.require(forward.graph)
+        if logits is not None and outputs == 1 and self._logits.take(logits):
+            logits = None
         self._allocator.place(forward.graph)
-        built = _Built(context, forward.graph, logits, outputs, self._allocator.generation)
+        built = _Built(context, forward.graph, logits, self._allocator.generation)
         self._graphs[key] = built
         while len(self._graphs) > _KEPT_GRAPHS:
             self._graphs.popitem(last=False)

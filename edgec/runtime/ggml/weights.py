@@ -13,8 +13,9 @@ import logging
 import mmap
 import os
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,13 +42,52 @@ class Use:
     plain: bool = False
 
 
+@dataclass(frozen=True)
+class _Stored:
+    """A matrix or vector as it lies in the file: one of its tensors, or several stacked (`bundles`)."""
+
+    parts: tuple[GgufTensor, ...]
+
+    @property
+    def type(self) -> int:
+        return self.parts[0].type
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        first = self.parts[0].shape
+        return (sum(p.shape[0] for p in self.parts), *first[1:]) if len(self.parts) > 1 else first
+
+    @property
+    def offset(self) -> int:
+        return self.parts[0].offset
+
+    @property
+    def nbytes(self) -> int:
+        return sum(p.nbytes for p in self.parts)
+
+    @property
+    def stackable(self) -> bool:
+        return len({(p.type, *p.shape[1:]) for p in self.parts}) == 1
+
+    @property
+    def adjacent(self) -> bool:
+        return all(a.offset + a.nbytes == b.offset for a, b in pairwise(self.parts))
+
+
 class Weights:
     """Tensors by name: `product(name)` to multiply with, `plain(name)` to look rows up in, add or scale by."""
 
-    def __init__(self, device: Device, header: GgufHeader, uses: Mapping[str, Use], *, pack: bool = True) -> None:
-        """Loads what `uses` names. pack: off only to compare with a llama.cpp that does not repack.
-
-        Raises CheckpointError.
+    def __init__(
+        self,
+        device: Device,
+        header: GgufHeader,
+        uses: Mapping[str, Use],
+        bundles: Mapping[str, Sequence[str]] | None = None,
+        *,
+        pack: bool = True,
+    ) -> None:
+        """Loads what `uses` names. bundles: name → tensors to multiply with as one, where that takes no second copy
+        (`has` tells). pack: off only to compare with a llama.cpp that does not repack. Raises CheckpointError.
         """
         if header.alignment % ALIGNMENT:
             raise CheckpointError(f"{header.path}: alignment {header.alignment}; ggml needs a multiple of {ALIGNMENT}")
@@ -56,16 +96,24 @@ class Weights:
         self._product: dict[str, Tensor] = {}
         self._buffers: list[Buffer] = []
         self._contexts: list[Context] = []
-        packed = self._packed(uses) if pack and device.kind == CPU else {}
+        self._stored = {name: _Stored((header.tensors[name],)) for name in uses}
+        self._asked: dict[tuple[int, tuple[int, ...]], int | None] = {}
+        self._pack = pack and device.kind == CPU
+        uses = self._bundled(uses, bundles or {})
+        packed = {name: memory for name, use in uses.items() if use.product and (memory := self._packing(name))}
         self._file = header.path.open("rb", buffering=0)
         weakref.finalize(self, self._file.close)
         self._map = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._rows = header.path.open("rb", buffering=0)  # of its own: reading ahead helps a mapping, and not rows
+        weakref.finalize(self, self._rows.close)
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._rows.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
         self._bytes = np.frombuffer(self._map, np.uint8)
         last = max((t.offset + t.nbytes for t in header.tensors.values()), default=0)
         if last > len(self._bytes):
             raise CheckpointError(f"{header.path}: became shorter while it was opened")
         self._tables = [
-            n for n, u in uses.items() if len(header.tensors[n].shape) == 2 and (n in packed or not u.product)
+            n for n, u in uses.items() if len(self._stored[n].shape) == 2 and (n in packed or not u.product)
         ]
         unpacked = {n: u for n, u in uses.items() if u.plain or n not in packed}
         if device.kind == CPU:
@@ -75,11 +123,15 @@ class Weights:
         for name, use in unpacked.items():
             if use.product and name not in packed:
                 self._product[name] = self._plain[name]
-        largest_first = sorted(packed, key=lambda n: -header.tensors[n].nbytes)
+        largest_first = sorted(packed, key=lambda n: -self._stored[n].nbytes)
         for memory in dict.fromkeys(packed.values()):
             self._copy([n for n in largest_first if packed[n] == memory], memory, self._product)
         self.forget_rows()
         self.packed_bytes = sum(b.nbytes for b in self._buffers[1:]) if device.kind == CPU else 0
+
+    def has(self, bundle: str) -> bool:
+        """Can this bundle be multiplied with (`product`)?"""
+        return bundle in self._product
 
     def product(self, core: str) -> Tensor:
         return self._product[core]
@@ -87,38 +139,49 @@ class Weights:
     def plain(self, core: str) -> Tensor:
         return self._plain[core]
 
-    def rows(self, name: str, ids: NDArray[np.int32]) -> NDArray[np.uint8]:
-        """Rows of a matrix as they are stored: ids [T] → [T, row bytes]. Raises CheckpointError."""
+    def read_rows(self, name: str, ids: Sequence[int] | NDArray[np.int32], out: NDArray[np.uint8]) -> None:
+        """Rows of a matrix as they are stored: ids [T] into out [T · row bytes]. Raises CheckpointError."""
         info = self.header.tensors[name]
         size = info.nbytes // info.shape[0]
-        raw = b"".join(os.pread(self._file.fileno(), size, info.offset + int(row) * size) for row in ids)
-        if len(raw) != size * len(ids):
-            raise CheckpointError(f"{self.header.path}: became shorter while it was in use")
-        return np.frombuffer(raw, np.uint8).reshape(len(ids), size)
+        room = out.data
+        for at, row in enumerate(ids):
+            place = room[at * size : (at + 1) * size]
+            if os.preadv(self._rows.fileno(), [place], info.offset + int(row) * size) != size:
+                raise CheckpointError(f"{self.header.path}: became shorter while it was in use")
 
     def forget_rows(self) -> None:
         """Let go of the pages of lookup tables: the kernel maps many around each row that was read, and after a prompt
         that is most of a table. Rows that come again are read again from the page cache.
         """
         for name in self._tables:
-            self._advise(self.header.tensors[name], mmap.MADV_DONTNEED)
+            self._advise(self._stored[name], mmap.MADV_DONTNEED)
 
-    def _packed(self, uses: Mapping[str, Use]) -> dict[str, int]:
-        """Tensor → the memory in which its products are fastest, for those that any packed memory takes."""
-        memories = self.device.packed_memory()
-        asked: dict[tuple[int, tuple[int, ...]], int | None] = {}
-        found = {}
-        for name, use in uses.items():
-            info = self.header.tensors[name]
-            if not use.product or len(info.shape) != 2:
+    def _bundled(self, uses: Mapping[str, Use], bundles: Mapping[str, Sequence[str]]) -> dict[str, Use]:
+        """The uses with bundles in place of their parts, where the parts are copied anyway, or lie side by side."""
+        found = dict(uses)
+        for bundle, names in bundles.items():
+            stored = _Stored(tuple(self.header.tensors[name] for name in names))
+            if not stored.stackable or any(uses[name] != Use(product=True) for name in names):
                 continue
-            key = (info.type, info.shape)
-            if key not in asked:
-                takers = (m for m in memories if self.device.takes_product(m, info.type, *info.shape))
-                asked[key] = next(takers, None)
-            if (memory := asked[key]) is not None:
-                found[name] = memory
+            self._stored[bundle] = stored
+            if self._packing(bundle) or self.device.kind != CPU or stored.adjacent:
+                found[bundle] = Use(product=True)
+                for name in names:
+                    del found[name]
         return found
+
+    def _packing(self, name: str) -> int | None:
+        """The memory in which its products are fastest, where any packed memory takes this matrix."""
+        stored = self._stored[name]
+        if not self._pack or len(stored.shape) != 2:
+            return None
+        key = (stored.type, stored.shape)
+        if key not in self._asked:
+            takers = (
+                m for m in self.device.packed_memory() if self.device.takes_product(m, stored.type, *stored.shape)
+            )
+            self._asked[key] = next(takers, None)
+        return self._asked[key]
 
     def _map_tensors(self, uses: Mapping[str, Use]) -> None:
         lib = self.device.lib
@@ -129,8 +192,8 @@ class Weights:
         self._buffers.append(buffer)
         context = self._context(len(uses))
         for name, use in uses.items():
-            info = self.header.tensors[name]
-            tensor = self._new(context, info)
+            info = self._stored[name]
+            tensor = self._new(context, name)
             if lib.backend_tensor_alloc(buffer.pointer, tensor, base + info.offset) != 0:
                 raise CheckpointError(f"{self.header.path}: ggml refuses the tensor {name!r}")
             self._plain[name] = tensor
@@ -142,31 +205,35 @@ class Weights:
         lib = self.device.lib
         context = self._context(len(names))
         for name in names:
-            into[name] = self._new(context, self.header.tensors[name])
+            into[name] = self._new(context, name)
         buffer = self.device.allocate(context, "the weights", memory)
         lib.backend_buffer_set_usage(buffer.pointer, USAGE_WEIGHTS)
         self._buffers.append(buffer)
         for name in names:
-            info = self.header.tensors[name]
-            self._advise(info, mmap.MADV_WILLNEED)
-            self.device.write(into[name], self._bytes[info.offset : info.offset + info.nbytes])
-            self._advise(info, mmap.MADV_DONTNEED)
+            parts = self._stored[name].parts
+            for part in parts:
+                self._advise(part, mmap.MADV_WILLNEED)
+            found = [self._bytes[part.offset : part.offset + part.nbytes] for part in parts]
+            self.device.write(into[name], found[0] if len(found) == 1 else np.concatenate(found))
+            for part in parts:
+                self._advise(part, mmap.MADV_DONTNEED)
 
     def _context(self, tensors: int) -> Context:
         context = Context(self.device.lib, tensors)
         self._contexts.append(context)
         return context
 
-    def _new(self, context: Context, info: GgufTensor) -> Tensor:
-        tensor = context.new(info.type, *reversed(info.shape))
-        if (expected := self.device.lib.nbytes(tensor)) != info.nbytes:
-            raise CheckpointError(f"{self.header.path}: {info.name!r} has {info.nbytes} bytes, ggml wants {expected}")
+    def _new(self, context: Context, name: str) -> Tensor:
+        stored = self._stored[name]
+        tensor = context.new(stored.type, *reversed(stored.shape))
+        if (expected := self.device.lib.nbytes(tensor)) != stored.nbytes:
+            raise CheckpointError(f"{self.header.path}: {name!r} has {stored.nbytes} bytes, ggml wants {expected}")
         return tensor
 
-    def _advise(self, info: GgufTensor, advice: int) -> None:
+    def _advise(self, info: GgufTensor | _Stored, advice: int) -> None:
         """Advice about the whole pages of one tensor (dropped ones would be read again: nothing is ever lost)."""
         start = info.offset // mmap.PAGESIZE * mmap.PAGESIZE
         try:
             self._map.madvise(advice, start, info.offset + info.nbytes - start)
         except OSError as error:  # an older kernel: the first run will be slower
-            logger.debug("madvise %d of %s: %s", advice, info.name, error)
+            logger.debug("madvise %d of %s: %s", advice, self.header.path, error)
