@@ -199,9 +199,7 @@ def facts_of(workspace: Workspace, request: AdviceRequest) -> Facts:
     )
 
 
-def measure_costs(
-    facts: Facts, layers: Sequence[Layer], target: Target, row: hardware.Hardware, threads: int
-) -> Costs:
+def measure_costs(facts: Facts, layers: Sequence[Layer], target: Target, row: hardware.Hardware, threads: int) -> Costs:
     """Rates of the runtime on this machine, at the model's commonest shape and as many rows as one step has."""
     linears = [a for a in layers if a.role == "linear"]
     if not linears:
@@ -242,8 +240,9 @@ def read_measured(path: Path, task: str, row: hardware.Hardware) -> list[dict[st
             if entry["task"] != (CAUSAL_LM if task == DECODER_TASK else ENCODER):
                 raise UsageError(f"--measured {path}: {entry['contestant']!r} is a {entry['task']}, MODEL is not")
             if entry["metrics"]:
-                for metric in entry["metrics"].values():
-                    if not (math.isfinite(metric["value"]) and metric["value"] > 0):
+                for name, metric in entry["metrics"].items():
+                    least = 0.0 if name == "rss_growth_bytes" else math.ulp(0.0)  # memory may not grow at all
+                    if not least <= metric["value"] < math.inf:
                         raise UsageError(f"--measured {path}: {entry['contestant']!r} holds a value that is no measure")
                 found.append(entry)
     except (KeyError, TypeError, AttributeError) as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from edgec.errors import UsageError
 from edgec.records import MANIFEST_NAME, Measurement, Target
 
 
@@ -217,7 +219,7 @@ def print_bench(out: Console, rows: Sequence[Measurement], costs: Sequence[Any],
     from edgec.report import measurement_table, to_json
 
     if as_json:
-        body = json.loads(to_json(rows, machine=machine(rows[0].device), commands=["edgec " + " ".join(sys.argv[1:])]))
+        body = json.loads(to_json(rows, machine=machine(rows[0].device), commands=[_command()]))
         body["exports"] = [vars(cost) for cost in costs]
         sys.stdout.write(json.dumps(body) + "\n")
         return
@@ -240,24 +242,78 @@ def print_ratios(out: Console, subject: Measurement, reference: Measurement) -> 
     out.print(shown)
 
 
-def write_bench_report(
-    path: Path, rows: Sequence[Measurement], artifacts: Sequence[Path], commands: Sequence[str]
-) -> None:
+def _command() -> str:
+    """As it was typed, quoted so that it can be typed again."""
+    return shlex.join(["edgec", *sys.argv[1:]])
+
+
+class BenchFiles:
+    """What a bench writes beside what it prints. A frontier.json and a profile that its report shows are read at once:
+    a broken one must not be found after the measuring.
+    """
+
+    def __init__(
+        self,
+        report: Path | None = None,
+        markdown: Path | None = None,
+        csv: Path | None = None,
+        *,
+        frontier: Path | None = None,
+        profile: Path | None = None,
+        artifact: Path | None = None,
+    ) -> None:
+        """artifact: whose plan the report shows. Raises UsageError, CheckpointError, ProfileError."""
+        from edgec.inspection import healing_curve_of, plan_of
+        from edgec.profile.store import load_profile
+        from edgec.report import read_frontier
+
+        self.report, self.markdown, self.csv = report, markdown, csv
+        if report is None and (frontier or profile):
+            raise UsageError("--frontier and --profile are drawn into a --report; name one")
+        made = artifact if report and artifact and (artifact / MANIFEST_NAME).is_file() else None
+        self.plan = plan_of(made) if made else None
+        self.healing = healing_curve_of(made) if made else ()
+        self.frontier = read_frontier(frontier) if frontier else None
+        found = load_profile(profile) if profile else None
+        if found is not None and self.plan is not None and found.fingerprint != self.plan.fingerprint:
+            raise UsageError(f"--profile {profile}: of another model than {artifact} was made from")
+        self.entropies = {layer.name: layer.entropy["svd"] for layer in found.layers} if found else None
+
+
+def write_bench_files(rows: Sequence[Measurement], artifacts: Sequence[Path], files: BenchFiles) -> list[Path]:
+    """Each whole or not at all; returns what was written. Raises OutputError."""
+    from edgec.outputs import written_file
+    from edgec.report import to_csv, to_markdown
+
+    written = []
+    for path, render in ((files.markdown, to_markdown), (files.csv, to_csv)):
+        if path is not None:
+            with written_file(path) as temporary:
+                temporary.write_text(render(rows), encoding="utf-8")
+            written.append(path)
+    if files.report is not None:
+        _write_bench_report(files.report, rows, artifacts, files)
+        written.append(files.report)
+    return written
+
+
+def _write_bench_report(path: Path, rows: Sequence[Measurement], artifacts: Sequence[Path], files: BenchFiles) -> None:
     """One HTML file from a bench and from the first artifact's manifest."""
-    from edgec.inspection import plan_of
     from edgec.report import write_report
 
-    plan = plan_of(artifacts[0]) if artifacts and (artifacts[0] / MANIFEST_NAME).is_file() else None
     reference = next((row.contestant for row in rows if "fp32" in row.contestant), None)
     write_report(
         path,
         title=f"edgec: {artifacts[0].name}" if artifacts else "edgec bench",
         measurements=rows,
-        plan=plan,
+        plan=files.plan,
+        profile_entropies=files.entropies,
         machine=machine(rows[0].device),
-        commands=commands,
+        commands=[_command()],
         subject=rows[0].contestant,
         reference=reference,
+        healing=files.healing,
+        frontier=files.frontier,
     )
 
 

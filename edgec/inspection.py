@@ -114,6 +114,19 @@ def plan_of(path: Path) -> Plan:
     return _plan(path, _manifest(path))
 
 
+def healing_curve_of(path: Path) -> tuple[tuple[float, int, float], ...]:
+    """(seconds, step, held-out divergence) of the healing in an artifact's manifest; () where there was none.
+
+    Raises CheckpointError.
+    """
+    entry = _manifest(path).get("healing") or {}
+    try:
+        points = entry.get("curve", ())
+        return tuple((float(seconds), int(step), float(value)) for seconds, step, value in points)
+    except (AttributeError, TypeError, ValueError, OverflowError) as error:
+        raise CheckpointError(f"{path / MANIFEST_NAME}: the healing is damaged ({error!r})") from error
+
+
 def _manifest(path: Path) -> dict[str, Any]:
     manifest = read_json(path / MANIFEST_NAME)
     if not isinstance(manifest, dict):

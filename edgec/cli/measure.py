@@ -115,6 +115,10 @@ def bench(
     new_tokens: Annotated[int, typer.Option(min=1, help="causal LMs: generated length")] = 64,
     batch: Annotated[int, typer.Option(min=1, help="encoders: sentences per batch")] = 32,
     report: Annotated[Path | None, typer.Option(help="write one self-contained HTML file")] = None,
+    markdown: Annotated[Path | None, typer.Option("--md", help="write the table as Markdown")] = None,
+    csv: Annotated[Path | None, typer.Option("--csv", help="write a line per contestant and figure")] = None,
+    frontier: Annotated[Path | None, typer.Option(help="with --report: a frontier.json, drawn beside the plan")] = None,
+    profile: ProfileOption = None,
     work: Annotated[
         Path | None, typer.Option(help="keep baselines and shapes here instead of a temporary folder")
     ] = None,
@@ -132,6 +136,8 @@ def bench(
 
     if bool(artifacts) == bool(shape):
         raise UsageError("give artifact folders or --shape, one of the two")
+    first = artifacts[0] if artifacts else None
+    files = console.BenchFiles(report, markdown, csv, frontier=frontier, profile=profile, artifact=first)
     held = [f"cores={cores}"] if cores else []
     held += [f"ram={ram_limit}"] if ram_limit else []
     if held and device != "local":
@@ -156,10 +162,9 @@ def bench(
             )
             rows = assess.bench(request, bars)
     console.print_bench(out, rows, costs, as_json=as_json)
-    if report is not None:
-        console.write_bench_report(report, rows, tuple(artifacts or ()), ["edgec " + " ".join(sys.argv[1:])])
-        if not as_json:
-            console.line(out, f"wrote {report}")
+    written = console.write_bench_files(rows, tuple(artifacts or ()), files)
+    for path in () if as_json else written:
+        console.line(out, f"wrote {path}")
 
 
 @app.command()

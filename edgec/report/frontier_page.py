@@ -51,7 +51,7 @@ def plot(found: Frontier) -> plots.Plot:
         handletextpad=0.3, columnspacing=1.1,
     )  # fmt: skip
     note = f"{METRIC_LABELS[found.metric]}; down and left is better; hollow: simulated, nothing executes it"
-    return plots.Plot("Frontier", note, plots.svg(figure, f"frontier {found.model} {len(found.points)}"))
+    return plots.Plot("Frontier", note, plots.svg(figure, f"frontier {found.model} {len(found.points)}"), wide=True)
 
 
 def _field(axes: Axes, points: Sequence[Point], family: str, metric: str) -> None:

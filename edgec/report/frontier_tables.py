@@ -5,14 +5,19 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 from rich.text import Text
 
+from edgec.checkpoint import read_json
+from edgec.errors import CheckpointError
 from edgec.records import as_dict
 from edgec.report import tables, text
 from edgec.report.frontier_records import METRIC_LABELS, Frontier, Point, Verdict
+
+_MOST_POINTS = 4096
 
 COLUMNS: Mapping[str, tuple[str, ...]] = {
     "sts_loss": ("spearman", "sts_loss", "cosine"),
@@ -41,6 +46,43 @@ def ordered(points: Sequence[Point]) -> list[Point]:
 def to_json(found: Frontier, indent: int | None = 1) -> str:
     """Everything, unrounded; figures that are not finite become null."""
     return json.dumps(_finite(as_dict(found)), indent=indent, allow_nan=False) + "\n"
+
+
+def read_frontier(path: Path) -> Frontier:
+    """Inverse of `to_json`, for a file that nobody vouches for. Raises CheckpointError."""
+    body = read_json(path)
+    try:
+        points = tuple(_point(entry) for entry in body["points"])
+        if body["metric"] not in METRIC_LABELS or not 0 < len(points) <= _MOST_POINTS:
+            raise ValueError(f"{len(points)} points of {body['metric']!r}")
+        texts = (str(body[key]) for key in ("model", "target", "metric", "calibration", "evaluated_on", "heal"))
+        dense = {str(key): float(value) for key, value in body["dense"].items() if value is not None}
+        verdicts = tuple(Verdict(**entry) for entry in body["verdicts"])
+        skipped = tuple(map(str, body["skipped"]))
+        model, target, metric, calibration, evaluated_on, heal = texts
+        return Frontier(
+            model,
+            target,
+            metric,
+            calibration,
+            evaluated_on,
+            heal,
+            float(body["slack"]),
+            dense,
+            points,
+            verdicts,
+            skipped,
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path}: not what `edgec frontier` writes as frontier.json ({error!r})") from error
+
+
+def _point(entry: Mapping[str, Any]) -> Point:
+    figures = {str(key): float(value) for key, value in entry["figures"].items() if value is not None}
+    bpw = float(entry["linear_bpw"])
+    if not 0 < bpw < 1024:
+        raise ValueError(f"{bpw} bits per weight")
+    return Point(**{**entry, "linear_bpw": bpw, "linear_bytes": int(entry["linear_bytes"]), "figures": figures})
 
 
 def _finite(value: Any) -> Any:

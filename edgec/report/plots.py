@@ -35,11 +35,12 @@ _BLOCK = re.compile(r"(?:^|\.)(\d{1,4})(?:\.|$)")
 
 @dataclass(frozen=True)
 class Plot:
-    """One figure: `title` and `note` are plain text, `svg` is markup made here."""
+    """One figure: `title` and `note` are plain text, `svg` is markup made here. wide: drawn for two columns."""
 
     title: str
     note: str
     svg: str
+    wide: bool = False
 
 
 def bars(rows: Sequence[Measurement], subject: str) -> list[Plot]:
