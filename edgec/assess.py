@@ -14,7 +14,7 @@ from typing import Any
 from edgec import pipeline
 from edgec.bench.harness import BenchSettings, Contestant, run_bench
 from edgec.checkpoint import read_json
-from edgec.contestants import ExportCost, of_shape, peers
+from edgec.contestants import ExportCost, ShapeRequest, of_shape, peers
 from edgec.errors import CheckpointError, UsageError
 from edgec.evaluate.embeddings import (
     Pairs,
@@ -125,9 +125,9 @@ def _quality(workspace: Workspace, contestant: Contestant, sts: Path | None) -> 
 
 
 def bench_shape(
-    name: str, plan: str, settings: BenchSettings, work: Path, progress: pipeline.Progress
+    request: ShapeRequest, settings: BenchSettings, work: Path, progress: pipeline.Progress
 ) -> tuple[list[Measurement], list[ExportCost]]:
     """Speed on a named random-weight shape; see `contestants.of_shape`."""
-    contestants, costs = of_shape(name, plan, work, progress)
+    contestants, costs = of_shape(request, work, progress)
     rows = run_bench(contestants, settings, lambda done, total, text: progress(f"bench {text}"[:40], done, total))
     return rows, costs

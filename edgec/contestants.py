@@ -10,25 +10,26 @@ import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
-from edgec import pipeline, subprocesses
+from edgec import pipeline, random_gguf, subprocesses
 from edgec.bench import baselines, shapes
 from edgec.bench.harness import Contestant
 from edgec.errors import BenchError, UsageError
 from edgec.export.gguf import stock
-from edgec.export.gguf.writer import write_gguf
+from edgec.export.gguf.plain import write_plain
+from edgec.export.targets import get_target
 from edgec.modeling import ENCODER_TASK
-from edgec.outputs import staged_folder
 from edgec.runtime.interfaces import CAUSAL_LM, ENCODER
-from edgec.runtime.llama_cpp import MODEL_FILE
 from edgec.workspace import Workspace
 
 FP32 = "fp32"
 """edgec's own dense export of an encoder: the source of its baselines, and one itself."""
 
 _EXPORT_TIMEOUT_S = 3600
+_RANDOM = "random weights: speed only"
+_MAKERS = dict.fromkeys(("int4", "fp32"), " (genai builder)")
 
 
 @dataclass(frozen=True)
@@ -97,13 +98,8 @@ def _dense_onnx(workspace: Workspace, out: Path, progress: pipeline.Progress) ->
 
 
 def _dense_gguf(workspace: Workspace, out: Path, progress: pipeline.Progress) -> Path:
-    """The checkpoint as llama.cpp's own converter would write it: matrices in F16, vectors in F32."""
     stock.refuse_unsupported(workspace.checkpoint, workspace.task)
-    draft = stock.draft(workspace.checkpoint)
-    with staged_folder(out) as stage:
-        tensors = stock.tensors(draft, {})
-        write_gguf(stage / MODEL_FILE, draft.metadata, tensors, lambda done, all_: progress("dense GGUF", done, all_))
-    return out
+    return write_plain(workspace.checkpoint, out, partial(progress, "dense GGUF"))
 
 
 _SOURCES: Mapping[str, Callable[[Workspace, Path, pipeline.Progress], Path]] = {
@@ -113,38 +109,71 @@ _SOURCES: Mapping[str, Callable[[Workspace, Path, pipeline.Progress], Path]] = {
 }
 
 
-def of_shape(
-    name: str, plan: str, work: Path, progress: pipeline.Progress
-) -> tuple[list[Contestant], list[ExportCost]]:
-    """A named random-weight shape: edgec's export of a constraint against the genai builder's dense int4.
+@dataclass(frozen=True)
+class ShapeRequest:
+    """Random weights of a named shape, for speed. plan: a constraint, exported to every one of `targets`.
 
-    What `work` already holds from an earlier run is measured again, not made again (and then has no ExportCost).
+    peers: dense baselines of causal LMs by name.
     """
-    model = work / name
-    if not model.exists():
-        progress(f"writing {name}", 0, 1)
-        shapes.write(name, model)
-        progress(f"writing {name}", 1, 1)
-    factored, dense = work / f"{name}-edgec", work / f"{name}-dense-int4"
-    costs = []
-    if not factored.exists():
-        progress("exporting with edgec", 0, 1)
-        costs.append(_export_in_a_process(model, factored, plan))
-        progress("exporting with edgec", 1, 1)
-    if not dense.exists():
-        progress("exporting dense int4", 0, 1)
-        baselines.make("int4", CAUSAL_LM, model, dense)
-        progress("exporting dense int4", 1, 1)
-    contestants = [
-        Contestant(f"edgec {plan}", factored, CAUSAL_LM),
-        Contestant("dense int4 (genai builder)", dense, CAUSAL_LM),
-    ]
-    return contestants, costs
+
+    name: str
+    plan: str = "uniform:0.5"
+    targets: tuple[str, ...] = ("onnx-x64",)
+    peers: tuple[str, ...] = ("int4",)
 
 
-def _export_in_a_process(model: Path, out: Path, plan: str) -> ExportCost:
+def of_shape(
+    request: ShapeRequest, work: Path, progress: pipeline.Progress
+) -> tuple[list[Contestant], list[ExportCost]]:
+    """edgec's exports of a constraint, and dense peers of the same shape.
+
+    GGUF files get random blocks (`random_gguf`); ONNX graphs are exported and quantised, which takes minutes. What
+    `work` already holds from an earlier run is measured again, not made again (and then has no ExportCost).
+    Raises UsageError for an unknown shape, target or baseline, before anything is made.
+    """
+    shape = shapes.get(request.name)
+    if odd := [t for t in request.targets if not t.startswith("onnx-") and t != random_gguf.TARGET]:
+        raise UsageError(f"--shape exports to an ONNX target or to {random_gguf.TARGET}, not to {odd[0]!r}")
+    for name in request.targets:
+        get_target(name)
+    for name in request.peers:
+        baselines.require(name, CAUSAL_LM)
+    model, costs, found = work / request.name, [], []
+    _unless_there(model, f"writing {request.name}", lambda: shapes.write(shape, model), progress)
+    for target in request.targets:
+        out = work / f"{request.name}-{_slug(request.plan)}-{target}"
+        label = f"edgec {request.plan}" + (f" ({target})" if len(request.targets) > 1 else "")
+        if target == random_gguf.TARGET:
+            _unless_there(out, label, partial(random_gguf.write_factored, model, request.plan, out), progress)
+        elif not out.exists():
+            progress(label, 0, 1)
+            costs.append(_export_in_a_process(model, out, request.plan, target))
+            progress(label, 1, 1)
+        found.append(Contestant(label, out, CAUSAL_LM, notes=(_RANDOM,)))
+    for name in request.peers:
+        baseline = baselines.get(name, CAUSAL_LM)
+        out = work / f"{request.name}-dense-{name}"
+        if baseline.SOURCE == baselines.DENSE_GGUF:
+            label = f"dense {name} (llama.cpp)"
+            make: Callable[[], Path] = partial(random_gguf.write_quantised, shape, model, name.upper(), out)
+        else:
+            label = f"dense {name}{_MAKERS.get(name, '')}"
+            make = partial(baselines.make, name, CAUSAL_LM, model, out)
+        _unless_there(out, label, make, progress)
+        found.append(Contestant(label, out, CAUSAL_LM, notes=(_RANDOM, *baselines.notes(name, CAUSAL_LM, out))))
+    return found, costs
+
+
+def _unless_there(out: Path, stage: str, make: Callable[[], object], progress: pipeline.Progress) -> None:
+    if not out.exists():
+        progress(stage[:40], 0, 1)
+        make()
+        progress(stage[:40], 1, 1)
+
+
+def _export_in_a_process(model: Path, out: Path, plan: str, target: str) -> ExportCost:
     """The export as a user would run it, in a process of its own, so that its peak memory is its own too."""
-    argv = [sys.executable, "-m", "edgec", "export", str(model), "--target", "onnx-x64", "--plan", plan]
+    argv = [sys.executable, "-m", "edgec", "export", str(model), "--target", target, "--plan", plan]
     argv += ["--plain", "--no-quality", "-o", str(out), "--json", "--force"]
     finished = subprocesses.run(argv, timeout_s=_EXPORT_TIMEOUT_S)
     if not finished.ok:

@@ -136,6 +136,25 @@ def with_layers(shape: Shape, layers: int) -> Shape:
     return replace(shape, name=f"{shape.name}-{layers}layers", layers=layers)
 
 
+def narrow(shape: Shape) -> Shape:
+    """A twin with as many layers, heads and KV heads whose rows are 256 wide wherever the shape's divide by 256: small
+    enough to try on it what depends on nothing else.
+    """
+
+    def width(size: int) -> int:
+        return 256 if size % 256 == 0 else size
+
+    head_dim = max(2, width(shape.heads * shape.head_dim) // shape.heads)
+    return replace(
+        shape,
+        name=f"{shape.name}-narrow",
+        hidden=width(shape.hidden),
+        ffn=width(shape.ffn),
+        head_dim=head_dim,
+        vocab=min(shape.vocab, 512),
+    )
+
+
 def _write_weights(shape: Shape, folder: Path, seed: int, shard_bytes: int) -> None:
     from safetensors.numpy import save_file
 

@@ -98,12 +98,17 @@ def bench(
         Path | None, typer.Option("--model", "-m", help="dense checkpoint: for baselines and quality")
     ] = None,
     baseline: Annotated[
-        list[str] | None, typer.Option(help="dense peers made by other tools: fp32, int8, int4 (repeat the option)")
+        list[str] | None,
+        typer.Option(help="dense peers made by other tools: fp32, int8, int4, q8_0, q4_k_m, q4_0 (repeat the option)"),
     ] = None,
     shape: Annotated[
         str | None, typer.Option(help="random weights instead of a model: llama-3.2-1b, llama-300m")
     ] = None,
     plan: Annotated[str, typer.Option(help="with --shape: the constraint to export")] = "uniform:0.5",
+    target: Annotated[
+        list[str] | None,
+        typer.Option(help="with --shape: what to export to (repeat the option); default: onnx-x64", show_default=False),
+    ] = None,
     sts: Annotated[Path | None, typer.Option(help="STS-Benchmark file: Spearman beside the speed")] = None,
     calibration: Calibration = None,
     threads: Annotated[int, typer.Option(help="0: all physical cores")] = 0,
@@ -129,13 +134,16 @@ def bench(
 
     [dim]edgec bench minilm-onnx-x64 --model ./all-MiniLM-L6-v2 --baseline fp32 --baseline int8 --report report.html
 
-    edgec bench --shape llama-3.2-1b[/dim]
+    edgec bench --shape llama-3.2-1b --target onnx-x64 --target gguf-factored --baseline int4 --baseline q4_0[/dim]
     """
     from edgec import assess
     from edgec.bench.harness import BenchSettings
+    from edgec.contestants import ShapeRequest
 
     if bool(artifacts) == bool(shape):
         raise UsageError("give artifact folders or --shape, one of the two")
+    if target and not shape:
+        raise UsageError("--target says what a --shape is exported to; finished artifacts have one")
     first = artifacts[0] if artifacts else None
     files = console.BenchFiles(report, markdown, csv, frontier=frontier, profile=profile, artifact=first)
     held = [f"cores={cores}"] if cores else []
@@ -155,7 +163,8 @@ def bench(
         folder = work or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         if shape:
-            rows, costs = assess.bench_shape(shape, plan, settings, folder, bars)
+            wanted = ShapeRequest(shape, plan, tuple(target or ("onnx-x64",)), tuple(baseline or ("int4",)))
+            rows, costs = assess.bench_shape(wanted, settings, folder, bars)
         else:
             request = assess.BenchRequest(
                 tuple(artifacts or ()), settings, folder, model, tuple(baseline or ()), sts, calibration
