@@ -15,6 +15,8 @@ from typing import Any
 from edgec.errors import BenchError
 
 JOB_VERSION = 1
+PEER_FILE = "peer.json"
+"""In a folder that another tool runs, for comparison: {"loader": a file of edgec.bench.loaders, …}."""
 METRICS = ("ttft_ms", "prefill_tok_s", "decode_tok_s", "items_s", "item_ms", "joules_token", "joules_item")
 """What one timed sample may hold; all are times or rates, so all are finite and above zero."""
 

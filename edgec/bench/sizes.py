@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from edgec.bench.jobs import PEER_FILE
 from edgec.errors import BenchError
 from edgec.runtime.layout import inside, optional_json
 
@@ -21,11 +22,19 @@ def model_file(folder: Path) -> Path:
     for name in MODEL_FILES:
         if (folder / name).is_file():
             return folder / name
+    if (folder / PEER_FILE).is_file():
+        raise BenchError(f"{folder} holds no model file: another tool reads the checkpoint itself")
     raise BenchError(f"{folder} holds no model file (looked for {', '.join(MODEL_FILES)})")
 
 
 def artifact_bytes(folder: Path) -> int:
-    """Model file plus external data or adapter [bytes]; tokenizer and configuration beside them are not counted."""
+    """Model file plus external data or adapter [bytes]; tokenizer and configuration beside them are not counted. Of a
+    folder that another tool runs, the weight files of the checkpoint that it names.
+    """
+    if (folder / PEER_FILE).is_file():
+        checkpoint = optional_json(folder / PEER_FILE).get("checkpoint")
+        if isinstance(checkpoint, str):
+            return sum(file.stat().st_size for file in Path(checkpoint).glob("*.safetensors"))
     path = model_file(folder)
     files = {path.resolve(): path.stat().st_size}
     adapter = folder / ADAPTER_FILE

@@ -19,12 +19,14 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import IO, Any, cast
 
+from edgec import plugins
 from edgec.bench import energy, roofline
 from edgec.bench.energy import Meter
-from edgec.bench.jobs import Job
+from edgec.bench.jobs import PEER_FILE, Job
 from edgec.errors import BenchError, EdgecError
-from edgec.runtime.artifact import find_loader
+from edgec.runtime.artifact import Loader, find_loader
 from edgec.runtime.interfaces import CAUSAL_LM, ENCODER, CausalLM, Encoder
+from edgec.runtime.layout import read_json
 from edgec.runtime.options import RuntimeOptions, one_per_core
 
 _SINGLES = 8
@@ -62,12 +64,14 @@ def measure(job: Job, say: Callable[..., None]) -> None:
         say("ceilings", values=roofline.measure(folder, job.threads, job.ram_limit_bytes))
         say("done", peak_rss_bytes=memory()[1])
         return
-    loader = find_loader(folder)
+    loader = _loader(folder)
     versions = loader.prepare()
     meter, told = energy.find()
     say("ready", runtime_rss_bytes=memory()[0], versions={**versions, "energy": told})
     started = time.perf_counter()
     model = loader.load(folder, RuntimeOptions(job.threads, cast(Any, job.spin)))
+    if warm := getattr(loader, "warm", None):
+        warm(model, job)
     load_s = time.perf_counter() - started
     if model.task != job.task:
         raise BenchError(f"{folder} holds a model for {model.task}, not for {job.task}")
@@ -92,6 +96,17 @@ def measure(job: Job, say: Callable[..., None]) -> None:
     if model.task == CAUSAL_LM and job.long_prompt_tokens:
         _say_growth(cast(CausalLM, model), job, say)
     say("done", peak_rss_bytes=peak)
+
+
+def _loader(folder: Path) -> Loader:
+    """The runtime that the folder's files are for, or another tool that its peer.json names."""
+    if not (folder / PEER_FILE).is_file():
+        return find_loader(folder)
+    name = str(read_json(folder / PEER_FILE).get("loader"))
+    try:
+        return cast(Loader, plugins.load("edgec.bench.loaders", name))
+    except ImportError as error:
+        raise BenchError(f"{name} runs where edgec is installed, not on a device ({error})") from error
 
 
 def _encoder_sampler(model: Encoder, job: Job, meter: Meter | None) -> Callable[[float], dict[str, float]]:
