@@ -74,3 +74,12 @@ def test_endless_samples_are_refused() -> None:
     line = json.dumps({"event": "sample", "metrics": {"ttft_ms": 1.0}}).encode()
     assert answers.take(line, JOB) and answers.take(line, JOB)
     assert not answers.take(line, JOB) and "more than the 2 samples" in answers.problem
+
+
+def test_memory_of_two_prompts_is_taken_and_a_backward_pair_refused() -> None:
+    event = {"event": "context", "short_tokens": 10, "short_rss_bytes": 5e6, "long_tokens": 40, "long_rss_bytes": 6e6}
+    answers = Answers()
+    assert answers.take(json.dumps(event).encode(), JOB)
+    assert answers.context_rss == ((10, 5e6), (40, 6e6))
+    assert not answers.take(json.dumps(event | {"long_tokens": 10}).encode(), JOB)
+    assert "beside a short one" in answers.problem
