@@ -34,7 +34,8 @@ class Finished:
     """How a process ended. `stdout` is whole up to the cap; `stderr` is its last 64 KiB.
 
     returncode: the exit status; negative for a signal. stopped: "" when the process ended by itself, else
-    "timeout", "output" (it wrote more than the cap) or "consumer" (`on_line` returned False). seconds: wall time.
+    "timeout", "output" (it wrote more than the cap), "consumer" (`on_line` returned False) or "asked" (`stop` was set).
+    seconds: wall time.
     """
 
     argv: tuple[str, ...]
@@ -54,6 +55,8 @@ class Finished:
             cause = f"stopped after {self.seconds:.0f} s without finishing"
         elif self.stopped == "output":
             cause = f"stopped because it wrote more than {len(self.stdout)} bytes"
+        elif self.stopped == "asked":
+            cause = "stopped when it was no longer needed"
         elif self.stopped:
             cause = "stopped because its output made no sense"
         elif self.returncode < 0:
@@ -73,11 +76,13 @@ def run(
     cwd: Path | None = None,
     max_output_bytes: int = limits.MAX_WORKER_OUTPUT_BYTES,
     on_line: Callable[[bytes], bool] | None = None,
+    stop: threading.Event | None = None,
 ) -> Finished:
     """Runs `argv` to its end and returns how it ended; never raises for a failing process.
 
     env: the complete environment (None: ours). on_line: called with every complete stdout line, without its
-    newline, as it arrives; returning False stops the process. stderr beyond its tail is dropped, but counts
+    newline, as it arrives; returning False stops the process. stop: ends the process, within a second of being set (for
+    programs that do not end by themselves; `stopped` is then "asked"). stderr beyond its tail is dropped, but counts
     towards the cap, so that a process that floods it is stopped too.
     Raises RuntimeUnavailableError when the program does not exist, EdgecError when it cannot be started.
     """
@@ -100,7 +105,7 @@ def run(
     except OSError as error:
         raise EdgecError(f"the program {command[0]!r} could not be started: {error.strerror}") from error
     with _killed_at_exit(process):
-        return _collect(process, command, started, timeout_s, stdin, max_output_bytes, on_line)
+        return _collect(process, command, started, timeout_s, stdin, max_output_bytes, on_line, stop)
 
 
 def _collect(
@@ -111,6 +116,7 @@ def _collect(
     stdin: bytes,
     cap: int,
     on_line: Callable[[bytes], bool] | None,
+    stop: threading.Event | None,
 ) -> Finished:
     assert process.stdin and process.stdout and process.stderr
     chunks: queue.Queue[tuple[str, bytes]] = queue.Queue(maxsize=64)
@@ -128,8 +134,11 @@ def _collect(
         if left <= 0:
             stopped = "timeout"
             break
+        if stop is not None and stop.is_set():
+            stopped = "asked"
+            break
         try:
-            stream, data = chunks.get(timeout=min(left, 1.0))
+            stream, data = chunks.get(timeout=min(left, 0.2 if stop else 1.0))
         except queue.Empty:
             continue
         if data == _END:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from edgec.bench.devices import open_device
+from edgec.bench.devices import Device, file, open_device
 from edgec.bench.harness import BenchSettings, Contestant, run_bench
 from runtime_tests.arm64.root import Arm64Root
 
@@ -25,4 +26,26 @@ def test_the_worker_runs_on_emulated_arm64(
     assert not {"ttft_ms", "decode_tok_s", "items_s", "load_s"} & set(row.metrics)
     assert any(note.startswith("aarch64 and x86_64 agree") for note in row.notes)
     assert any("MatMul" in note for note in row.notes)
+    assert not any(note.startswith(("failed", "incomplete")) for note in row.notes)
+
+
+@pytest.fixture
+def browser() -> Device:
+    """Chromium with an installed onnxruntime-web; skips where one is missing."""
+    if missing := file("browser").needs():
+        pytest.skip("; ".join(missing))
+    return open_device("browser")
+
+
+@pytest.mark.parametrize(
+    "artifact", ["minilm_arm64_artifact", "minilm_arm64_factored", "stories_arm64_artifact", "stories_arm64_fp32"]
+)
+def test_a_page_runs_what_was_exported(browser: Device, artifact: str, request: pytest.FixtureRequest) -> None:
+    folder: Path = request.getfixturevalue(artifact)
+    settings = replace(SMALL, threads=2, timeout_s=120)
+    (row,) = run_bench([Contestant("a", folder)], settings, device=browser)
+    rate = "items_s" if "minilm" in artifact else "decode_tok_s"
+    assert row.metrics[rate].value > 0 and row.metrics["load_s"].value > 0
+    assert row.metrics["peak_rss_bytes"].value > row.metrics["runtime_rss_bytes"].value > 0
+    assert any(note.startswith("WebAssembly and x86_64 agree") for note in row.notes)
     assert not any(note.startswith(("failed", "incomplete")) for note in row.notes)

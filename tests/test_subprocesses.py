@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -21,6 +22,13 @@ def test_output_and_status_come_back() -> None:
     done = run(python("import sys; print(sys.stdin.read().upper()); sys.exit(3)"), stdin=b"abc", timeout_s=20)
     assert (done.stdout, done.returncode, done.stopped, done.ok) == (b"ABC\n", 3, "", False)
     assert run(python("print(1)"), timeout_s=20).ok
+
+
+def test_a_program_that_never_ends_is_stopped_when_asked() -> None:
+    stop = threading.Event()
+    threading.Timer(0.3, stop.set).start()
+    done = run(python("import time; time.sleep(60)"), timeout_s=30, stop=stop)
+    assert done.stopped == "asked" and not done.ok and done.seconds < 20
 
 
 def test_arguments_are_not_interpreted() -> None:

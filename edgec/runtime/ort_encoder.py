@@ -129,6 +129,12 @@ def max_tokens(folder: Path, config: dict[str, Any]) -> int:
     return min(found, default=_DEFAULT_MAX_TOKENS)
 
 
+def open_tokenizer(folder: Path) -> Any:
+    """The tokenizer of an encoder's folder as `OrtEncoder` uses it, without a session. Raises CheckpointError."""
+    config = read_json(folder / "config.json")
+    return _tokenizer(folder, config, max_tokens(folder, config))
+
+
 def _tokenizer(folder: Path, config: dict[str, Any], max_tokens: int) -> Any:
     """tokenizer.json, padding and truncating on the right."""
     path = folder / "tokenizer.json"
