@@ -13,8 +13,11 @@ from typing import Any
 
 from edgec import pipeline
 from edgec.bench.harness import BenchSettings, Contestant, run_bench
+from edgec.bench.jobs import PEER_FILE
+from edgec.bench.worker import loader_of
+from edgec.calibration import DECODER_LENGTH
 from edgec.checkpoint import read_json
-from edgec.contestants import ExportCost, ShapeRequest, of_shape, peers
+from edgec.contestants import ExportCost, ShapeRequest, of_shape, peers, smaller
 from edgec.errors import CheckpointError, UsageError
 from edgec.evaluate.embeddings import (
     Pairs,
@@ -24,8 +27,11 @@ from edgec.evaluate.embeddings import (
     spearman_loss_interval,
     torch_embedder,
 )
+from edgec.evaluate.per_byte import bits_per_byte, pieces
+from edgec.export import verify
 from edgec.modeling import ENCODER_TASK
 from edgec.records import MANIFEST_NAME, Measurement
+from edgec.runtime.options import RuntimeOptions
 from edgec.runtime.ort_encoder import OrtEncoder
 from edgec.workspace import Workspace
 
@@ -34,7 +40,9 @@ from edgec.workspace import Workspace
 class BenchRequest:
     """What `edgec bench` was asked for.
 
-    model: the dense checkpoint, needed for baselines and quality. work: where baselines are built.
+    model: the dense checkpoint, needed for baselines and quality. work: where baselines are built. smaller: checkpoints
+    of smaller models to stand beside the artifacts, in the form that the baseline `smaller_as` has ("": see
+    `contestants.smaller`).
     """
 
     artifacts: tuple[Path, ...]
@@ -44,6 +52,8 @@ class BenchRequest:
     baselines: tuple[str, ...] = ()
     sts: Path | None = None
     calibration: Path | None = None
+    smaller: tuple[Path, ...] = ()
+    smaller_as: str = ""
 
 
 def evaluate(
@@ -77,7 +87,7 @@ def _sts_quality(workspace: Workspace, artifact: Path, pairs: Pairs) -> dict[str
     dense = pair_similarities(
         torch_embedder(workspace.model, workspace.tokenizer, workspace.pooling, max_tokens=workspace.context), pairs
     )
-    other = pair_similarities(OrtEncoder(artifact).embed, pairs)
+    other = pair_similarities((_opened_peer(artifact) or OrtEncoder(artifact)).embed, pairs)
     loss, low, high = spearman_loss_interval(dense, other, pairs.scores)
     return {
         "spearman": spearman(other, pairs.scores),
@@ -89,17 +99,21 @@ def _sts_quality(workspace: Workspace, artifact: Path, pairs: Pairs) -> dict[str
 
 
 def bench(request: BenchRequest, progress: pipeline.Progress) -> list[Measurement]:
-    """Measure artifacts and baselines interleaved in one run; with a model, quality stands beside speed."""
+    """Measure artifacts, baselines and smaller models interleaved in one run; with a model, quality stands beside
+    speed.
+    """
     contestants = [Contestant(path.name, path) for path in request.artifacts]
-    if request.baselines:
-        if request.model is None:
-            raise UsageError("--baseline needs --model: the dense checkpoint that the baselines are made from")
-        contestants += peers(Workspace(request.model), request.baselines, request.work, progress)
-    if request.model is not None:
+    if request.model is None:
+        if request.baselines or request.smaller:
+            raise UsageError("--baseline and --smaller need --model: the dense checkpoint that they stand beside")
+    else:
         workspace = Workspace(request.model, request.calibration)
-        contestants = [
-            replace(c, quality=_quality(workspace, c, request.sts)) for c in _shown(contestants, "quality", progress)
-        ]
+        contestants += peers(workspace, request.baselines, request.work, progress)
+        others = [smaller(workspace, m, request.smaller_as, request.work, progress) for m in request.smaller]
+        pairs = read_sts(request.sts) if request.sts is not None else None
+        texts = pieces(workspace.text.split("validate").items) if others and workspace.pooling is None else ()
+        contestants = [_judged(workspace, c, pairs, texts) for c in _shown(contestants, "quality", progress)]
+        contestants += [_judged_alone(workspace, c, own, pairs, texts) for c, own in others]
     return run_bench(
         contestants, request.settings, lambda done, total, text: progress(f"bench {text}"[:40], done, total)
     )
@@ -111,17 +125,45 @@ def _shown(contestants: Sequence[Contestant], stage: str, progress: pipeline.Pro
         yield contestant
 
 
-def _quality(workspace: Workspace, contestant: Contestant, sts: Path | None) -> dict[str, float]:
+def _judged(workspace: Workspace, contestant: Contestant, pairs: Pairs | None, texts: Sequence[str]) -> Contestant:
+    """Against the dense model. texts: what bits per byte are measured on, () where nobody asks."""
     _require_same_model(contestant.folder, workspace)
-    found = pipeline.measure_quality(workspace, contestant.folder)
+    found = pipeline.measure_quality(workspace, contestant.folder, _opened_peer(contestant.folder))
     keys = ("cosine",) if workspace.task == ENCODER_TASK else ("kl", "perplexity_ratio", "top1")
     quality = {key: float(found[key]) for key in keys}
-    if sts is not None:
-        measured = _sts_quality(workspace, contestant.folder, read_sts(sts))
-        quality |= {
-            key: measured[key] for key in ("spearman", "spearman_loss", "spearman_loss_low", "spearman_loss_high")
-        }
-    return quality
+    if pairs is not None:
+        quality |= _spearman(workspace, contestant, pairs)
+    if texts:
+        quality["bits_per_byte"] = _bits_per_byte(workspace, contestant, texts)
+    return replace(contestant, quality=quality)
+
+
+def _judged_alone(
+    workspace: Workspace, contestant: Contestant, own: Workspace, pairs: Pairs | None, texts: Sequence[str]
+) -> Contestant:
+    """A smaller model, by what does not need the dense model's vectors or vocabulary."""
+    if workspace.pooling is not None:
+        missing = "its embeddings live in another space: no cosine to the dense model's"
+        quality = {} if pairs is None else _spearman(workspace, contestant, pairs)
+    else:
+        missing = "its tokens are its own: no KL, perplexity ratio or top-1 agreement with the dense model"
+        quality = {"bits_per_byte": _bits_per_byte(own, contestant, texts)}
+    return replace(contestant, quality=quality, notes=(*contestant.notes, missing))
+
+
+def _spearman(workspace: Workspace, contestant: Contestant, pairs: Pairs) -> dict[str, float]:
+    measured = _sts_quality(workspace, contestant.folder, pairs)
+    return {key: measured[key] for key in ("spearman", "spearman_loss", "spearman_loss_low", "spearman_loss_high")}
+
+
+def _bits_per_byte(own: Workspace, contestant: Contestant, texts: Sequence[str]) -> float:
+    decoder = _opened_peer(contestant.folder) or verify.decoder_of(contestant.folder)
+    return bits_per_byte(decoder.logits, own.tokenizer, texts, min(own.context, DECODER_LENGTH))
+
+
+def _opened_peer(folder: Path) -> Any:
+    """A folder that another tool runs (torch), loaded by it; None for an artifact."""
+    return loader_of(folder).load(folder, RuntimeOptions()) if (folder / PEER_FILE).is_file() else None
 
 
 def bench_shape(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 
@@ -76,6 +76,26 @@ def peers(
         made.append(Contestant(f"{prefix} {name}", out, task, notes=baselines.notes(name, task, out)))
     progress("baselines", len(names), len(names))
     return made
+
+
+def smaller(
+    workspace: Workspace, model: Path, kind: str, work: Path, progress: pipeline.Progress
+) -> tuple[Contestant, Workspace]:
+    """A smaller dense model in place of a compressed one, as one baseline's tool ships it; and its own workspace.
+
+    kind: a baseline, "" for the one that loses next to nothing: int8 for an encoder, int4 for a causal LM. Raises
+    UsageError for a model that does something else or is not smaller.
+    """
+    other = Workspace(model, workspace.calibration_file)
+    if other.task != workspace.task:
+        raise UsageError(f"--smaller {model} does {other.task}, {workspace.folder} does {workspace.task}")
+    mine, its = workspace.checkpoint.parameters, other.checkpoint.parameters
+    if its >= mine:
+        raise UsageError(f"--smaller {model} has {its:,} parameters, and {workspace.folder} has {mine:,}")
+    name = kind or ("int8" if other.task == ENCODER_TASK else "int4")
+    (made,) = peers(other, [name], work, progress, prefix=f"smaller {model.resolve().name}")
+    note = f"another model: {its / 1e6:.1f} M parameters instead of {mine / 1e6:.1f} M"
+    return replace(made, notes=(note, *made.notes)), other
 
 
 def _own(name: str, task: str) -> bool:

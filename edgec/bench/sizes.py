@@ -33,8 +33,9 @@ def artifact_bytes(folder: Path) -> int:
     """
     if (folder / PEER_FILE).is_file():
         checkpoint = optional_json(folder / PEER_FILE).get("checkpoint")
-        if isinstance(checkpoint, str):
-            return sum(file.stat().st_size for file in Path(checkpoint).glob("*.safetensors"))
+        weights = [*Path(checkpoint).glob("*.safetensors")] if isinstance(checkpoint, str) else []
+        if weights:
+            return sum(file.stat().st_size for file in weights)
     path = model_file(folder)
     files = {path.resolve(): path.stat().st_size}
     adapter = folder / ADAPTER_FILE

@@ -64,12 +64,12 @@ def measure(job: Job, say: Callable[..., None]) -> None:
         say("ceilings", values=roofline.measure(folder, job.threads, job.ram_limit_bytes))
         say("done", peak_rss_bytes=memory()[1])
         return
-    loader = _loader(folder)
+    loader = loader_of(folder)
     versions = loader.prepare()
     meter, told = energy.find()
     say("ready", runtime_rss_bytes=memory()[0], versions={**versions, "energy": told})
     started = time.perf_counter()
-    model = loader.load(folder, RuntimeOptions(job.threads, cast(Any, job.spin)))
+    model = loader.load(folder, RuntimeOptions(job.threads, cast(Any, job.spin), kv_cache=job.kv_cache))
     if warm := getattr(loader, "warm", None):
         warm(model, job)
     load_s = time.perf_counter() - started
@@ -98,7 +98,7 @@ def measure(job: Job, say: Callable[..., None]) -> None:
     say("done", peak_rss_bytes=peak)
 
 
-def _loader(folder: Path) -> Loader:
+def loader_of(folder: Path) -> Loader:
     """The runtime that the folder's files are for, or another tool that its peer.json names."""
     if not (folder / PEER_FILE).is_file():
         return find_loader(folder)

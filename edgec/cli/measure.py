@@ -109,6 +109,12 @@ def bench(
         list[str] | None,
         typer.Option(help="with --shape: what to export to (repeat the option); default: onnx-x64", show_default=False),
     ] = None,
+    smaller: Annotated[
+        list[Path] | None, typer.Option(help="a smaller dense model as a contestant (repeat the option)")
+    ] = None,
+    smaller_as: Annotated[
+        str, typer.Option(help="the baseline that makes it; default: int8 (encoder), int4 (causal LM)")
+    ] = "",
     sts: Annotated[Path | None, typer.Option(help="STS-Benchmark file: Spearman beside the speed")] = None,
     calibration: Calibration = None,
     threads: Annotated[int, typer.Option(help="0: all physical cores")] = 0,
@@ -142,6 +148,8 @@ def bench(
 
     if bool(artifacts) == bool(shape):
         raise UsageError("give artifact folders or --shape, one of the two")
+    if shape and smaller:
+        raise UsageError("--smaller stands beside artifacts of a real model, not beside random weights")
     if target and not shape:
         raise UsageError("--target says what a --shape is exported to; finished artifacts have one")
     first = artifacts[0] if artifacts else None
@@ -167,7 +175,15 @@ def bench(
             rows, costs = assess.bench_shape(wanted, settings, folder, bars)
         else:
             request = assess.BenchRequest(
-                tuple(artifacts or ()), settings, folder, model, tuple(baseline or ()), sts, calibration
+                tuple(artifacts or ()),
+                settings,
+                folder,
+                model,
+                tuple(baseline or ()),
+                sts,
+                calibration,
+                tuple(smaller or ()),
+                smaller_as,
             )
             rows = assess.bench(request, bars)
     console.print_bench(out, rows, costs, as_json=as_json)

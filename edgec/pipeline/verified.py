@@ -87,14 +87,17 @@ def verified_manifest(
     }
 
 
-def measure_quality(workspace: Workspace, artifact: Path) -> dict[str, Any]:
-    """Quality of an exported folder against the dense model on held-out text, by the runtime that will execute it."""
+def measure_quality(workspace: Workspace, artifact: Path, opened: Any = None) -> dict[str, Any]:
+    """Quality of an exported folder against the dense model on held-out text, by the runtime that will execute it.
+
+    opened: the folder as something else has loaded it, with the methods that are asked here.
+    """
     batches = workspace.report_batches
     if workspace.task == DECODER_TASK:
-        decoder = verify.decoder_of(artifact)
+        decoder = opened or verify.decoder_of(artifact)
         found = workspace.language_quality(lambda ids: verify.stacked_logits(decoder, ids), batches)
         return {**asdict(found), "perplexity_ratio": found.perplexity / found.dense_perplexity, "text": batches.origin}
-    encoder = OrtEncoder(artifact)
+    encoder = opened or OrtEncoder(artifact)
     vectors = verify.stacked_embeddings(encoder, batches)
     return {**asdict(workspace.encoder_quality(vectors, batches)), "text": batches.origin}
 
