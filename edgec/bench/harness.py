@@ -38,12 +38,13 @@ _GIVE_UP_AFTER = 2
 class Contestant:
     """An artifact folder under a name. task: "encoder" or "causal-lm"; "" finds out from the files.
 
-    quality, notes: shown beside the speed in the same row.
+    kv_cache: see RuntimeOptions. quality, notes: shown beside the speed in the same row.
     """
 
     name: str
     folder: Path
     task: str = ""
+    kv_cache: str = ""
     quality: Mapping[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
@@ -153,7 +154,7 @@ def _row(contestant: Contestant, settings: BenchSettings, device: Device) -> _Ro
     row = _Row(contestant, _job(contestant, settings, device), artifact_bytes(contestant.folder))
     if row.job.task == CAUSAL_LM:
         try:
-            row.reads = reads_of(contestant.folder)
+            row.reads = reads_of(contestant.folder, contestant.kv_cache or "f16")
         except BenchError as error:
             row.untold = f"no roofline: {error}"
     return row
@@ -170,6 +171,7 @@ def _job(contestant: Contestant, settings: BenchSettings, device: Device) -> Job
         task=task,
         threads=settings.threads or device.threads(),
         spin=settings.spin,
+        kv_cache=contestant.kv_cache,
         warmup=settings.warmup if device.timed else 1,
         samples=settings.samples if device.timed else 0,
         min_sample_s=settings.min_sample_s,
@@ -257,6 +259,8 @@ def _settings(row: _Row, settings: BenchSettings) -> dict[str, int | float | str
         result |= {"prompt_tokens": settings.prompt_tokens, "new_tokens": settings.new_tokens}
     else:
         result |= {"batch": settings.batch, "sentence_words": settings.sentence_words}
+    if row.job.kv_cache:
+        result["kv_cache"] = row.job.kv_cache
     return result | row.facts
 
 

@@ -34,7 +34,8 @@ class Job:
     samples: timed samples after `warmup` untimed ones; each repeats its work until `min_sample_s` have passed.
     prompt_tokens, new_tokens, seed: causal LMs; a seeded random prompt, then exactly new_tokens generated.
     sentences: encoders; one batch, and the first of them one by one for the latency of a single sentence.
-    long_prompt_tokens: causal LMs; a second length, to see how memory grows with context; 0 for none.
+    kv_cache: see RuntimeOptions. long_prompt_tokens: causal LMs; a second length, to see how memory grows with context;
+    0 for none.
     cores, ram_limit_bytes: what the worker holds itself to before it loads its runtime; 0 for no limit.
     """
 
@@ -42,6 +43,7 @@ class Job:
     task: str
     threads: int
     spin: str = "run"
+    kv_cache: str = ""
     warmup: int = 1
     samples: int = 3
     min_sample_s: float = 0.3

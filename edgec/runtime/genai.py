@@ -16,7 +16,7 @@ import numpy as np
 from edgec.errors import CheckpointError
 from edgec.runtime.interfaces import CAUSAL_LM, Floats, Ids, Piece
 from edgec.runtime.layout import inside, read_json, whole_number
-from edgec.runtime.options import RuntimeOptions, genai_overlay, import_genai
+from edgec.runtime.options import RuntimeOptions, genai_overlay, import_genai, refuse_kv_cache
 from edgec.runtime.prompts import check_prompt, check_sampling
 
 PLUGIN = True
@@ -42,6 +42,7 @@ class GenaiModel:
 
     def __init__(self, folder: Path | str, options: RuntimeOptions | None = None) -> None:
         """Loads `folder`. Raises CheckpointError for missing or contradicting files, RuntimeUnavailableError."""
+        refuse_kv_cache(options, self.runtime)
         self.folder = Path(folder)
         config_path = self.folder / "genai_config.json"
         model = read_json(config_path).get("model")

@@ -148,6 +148,9 @@ class LlamaCpp:
         header = read_header(path)
         self._lib = import_llama_cpp()
         self._threads = (options or RuntimeOptions()).thread_count()
+        self._cache = {"f16": self._lib.GGML_TYPE_F16, "q8_0": self._lib.GGML_TYPE_Q8_0}.get(
+            (options or RuntimeOptions()).kv_cache
+        )
         self._model = _open(self._lib, path)
         self._close = weakref.finalize(self, self._lib.llama_model_free, self._model)
         self.vocabulary = Vocabulary.of_model(self._lib, self._model)
@@ -270,9 +273,14 @@ class LlamaCpp:
             params.n_threads = params.n_threads_batch = self._threads
             params.n_outputs_max = min(_BATCH, self._room)
             params.no_perf = True
+            if self._cache is not None:
+                params.type_k = params.type_v = self._cache
             self._context = self._lib.llama_init_from_model(self._model, params)
             if not self._context:
-                raise CheckpointError(f"llama.cpp cannot make a context of {self._room} tokens for {self.folder}")
+                what = f"a context of {self._room} tokens"
+                if self._cache == self._lib.GGML_TYPE_Q8_0:
+                    what += " with a q8_0 cache (it needs heads of a multiple of 32 numbers)"
+                raise CheckpointError(f"llama.cpp cannot make {what} for {self.folder}")
             self._free_context = weakref.finalize(self, self._lib.llama_free, self._context)
             if self._adapter is not None:
                 adapters = (self._lib.llama_adapter_lora_p_ctypes * 1)(self._adapter)

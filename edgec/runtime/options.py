@@ -28,24 +28,31 @@ _SPIN_ENTRIES: dict[str, dict[str, str]] = {
     "always": {"session.intra_op.allow_spinning": "1"},
 }
 MAX_THREADS = 1024
+KV_CACHES = ("f16", "q8_0")
+"""Types of a GGUF runtime's cache, ggml's names: two bytes a number, or 34 bytes for 32 of them."""
 
 
 @dataclass(frozen=True)
 class RuntimeOptions:
     """threads: of one operator; 0 means all physical cores that this process may use. spin: when idle threads spin.
 
+    kv_cache: type that keys and values are kept in, for runtimes that let one choose when a model is opened (GGUF): one
+    of `KV_CACHES`, or "" for the runtime's own; ONNX graphs state theirs.
     profile: onnxruntime writes which operators ran to a file whose name begins so, when the model is closed; "" none.
     """
 
     threads: int = 0
     spin: Spin = "run"
     profile: str = ""
+    kv_cache: str = ""
 
     def __post_init__(self) -> None:
         if not 0 <= self.threads <= MAX_THREADS:
             raise UsageError(f"threads must be between 0 (all physical cores) and {MAX_THREADS}, got {self.threads}")
         if self.spin not in _SPIN_ENTRIES:
             raise UsageError(f"spin must be one of {', '.join(_SPIN_ENTRIES)}, got {self.spin!r}")
+        if self.kv_cache not in ("", *KV_CACHES):
+            raise UsageError(f"the KV cache can be {' or '.join(KV_CACHES)}, got {self.kv_cache!r}")
 
     def thread_count(self) -> int:
         return self.threads or physical_cores()
@@ -53,6 +60,15 @@ class RuntimeOptions:
     def config_entries(self) -> dict[str, str]:
         """Session config entries, by onnxruntime's names."""
         return {"session.inter_op.allow_spinning": "0", **_SPIN_ENTRIES[self.spin]}
+
+
+def refuse_kv_cache(options: RuntimeOptions | None, runtime: str) -> None:
+    """For runtimes whose files decide. Raises UsageError."""
+    if options is not None and options.kv_cache:
+        raise UsageError(
+            f"KV cache {options.kv_cache}: {runtime} keeps keys and values in the type that its graph states, if any; "
+            "only GGUF artifacts let one choose when they are opened"
+        )
 
 
 def physical_cores() -> int:

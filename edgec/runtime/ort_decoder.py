@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from edgec.errors import CheckpointError, NumericsError, UsageError
 from edgec.runtime.interfaces import CAUSAL_LM, Floats, Ids
 from edgec.runtime.layout import inside, read_json, whole_number
-from edgec.runtime.options import RuntimeOptions, import_onnxruntime, session_options
+from edgec.runtime.options import RuntimeOptions, import_onnxruntime, refuse_kv_cache, session_options
 
 _DTYPES: dict[str, Any] = {
     "tensor(float)": np.float32,
@@ -47,6 +47,7 @@ class OrtDecoder:
 
     def __init__(self, folder: Path | str, options: RuntimeOptions | None = None) -> None:
         """Loads a folder with genai_config.json. Raises CheckpointError, RuntimeUnavailableError."""
+        refuse_kv_cache(options, self.runtime)
         self.folder = Path(folder)
         path = self.folder / "genai_config.json"
         model = read_json(path).get("model")

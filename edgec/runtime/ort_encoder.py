@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from edgec.errors import CheckpointError, NumericsError, RuntimeUnavailableError
 from edgec.runtime.interfaces import ENCODER, Floats
 from edgec.runtime.layout import inside, optional_json, read_json
-from edgec.runtime.options import RuntimeOptions, import_onnxruntime, session_options
+from edgec.runtime.options import RuntimeOptions, import_onnxruntime, refuse_kv_cache, session_options
 
 PLUGIN = True
 SENTENCE_OUTPUT = "sentence_embedding"
@@ -49,6 +49,7 @@ class OrtEncoder:
 
     def __init__(self, folder: Path | str, options: RuntimeOptions | None = None) -> None:
         """Loads `folder`. Raises CheckpointError for missing or contradicting files, RuntimeUnavailableError."""
+        refuse_kv_cache(options, self.runtime)
         self.folder = Path(folder)
         config_path = self.folder / "config.json"
         self.config = read_json(config_path)

@@ -71,7 +71,14 @@ class GgmlModel:
         self.device = Device((options or RuntimeOptions()).thread_count(), device)
         bundles = {name: bundle.cores for name, bundle in network.bundles.items()}
         weights = Weights(self.device, header, network.uses(), bundles, pack=pack)
-        self.session = Session(self.device, network, weights, flash=flash, cache=cache, chunk=chunk)
+        self.session = Session(
+            self.device,
+            network,
+            weights,
+            flash=flash,
+            cache=(options or RuntimeOptions()).kv_cache or cache,
+            chunk=chunk,
+        )
         self.vocab_size, self.context_length = network.config.vocab, network.config.context
         self._ends = [t for key in _ENDS if (t := _token(header, key, self.vocab_size)) is not None]
         self._vocabulary: Vocabulary | None = None
