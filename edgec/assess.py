@@ -31,6 +31,7 @@ from edgec.evaluate.per_byte import bits_per_byte, pieces
 from edgec.export import verify
 from edgec.modeling import ENCODER_TASK
 from edgec.records import MANIFEST_NAME, Measurement
+from edgec.runtime.artifact import open_artifact
 from edgec.runtime.options import RuntimeOptions
 from edgec.runtime.ort_encoder import OrtEncoder
 from edgec.workspace import Workspace
@@ -42,7 +43,7 @@ class BenchRequest:
 
     model: the dense checkpoint, needed for baselines and quality. work: where baselines are built. smaller: checkpoints
     of smaller models to stand beside the artifacts, in the form that the baseline `smaller_as` has ("": see
-    `contestants.smaller`).
+    `contestants.smaller`). kv_caches: types of KV cache that every GGUF artifact is measured with.
     """
 
     artifacts: tuple[Path, ...]
@@ -54,17 +55,19 @@ class BenchRequest:
     calibration: Path | None = None
     smaller: tuple[Path, ...] = ()
     smaller_as: str = ""
+    kv_caches: tuple[str, ...] = ()
 
 
 def evaluate(
-    artifact: Path, model: Path, *, sts: Path | None = None, calibration: Path | None = None
+    artifact: Path, model: Path, *, sts: Path | None = None, calibration: Path | None = None, kv_cache: str = ""
 ) -> dict[str, Any]:
     """Quality of an exported folder against its dense model, on held-out text; with an STS file also Spearman and its
-    interval.
+    interval. kv_cache: see RuntimeOptions.
     """
+    opened = _opened(artifact, kv_cache)
     workspace = Workspace(model, calibration)
     _require_same_model(artifact, workspace)
-    result = pipeline.measure_quality(workspace, artifact)
+    result = pipeline.measure_quality(workspace, artifact, opened)
     if sts is not None:
         result.update(_sts_quality(workspace, artifact, read_sts(sts)))
     return result
@@ -102,7 +105,9 @@ def bench(request: BenchRequest, progress: pipeline.Progress) -> list[Measuremen
     """Measure artifacts, baselines and smaller models interleaved in one run; with a model, quality stands beside
     speed.
     """
-    contestants = [Contestant(path.name, path) for path in request.artifacts]
+    contestants = [found for path in request.artifacts for found in _entrants(path, request.kv_caches)]
+    if request.kv_caches and not any(found.kv_cache for found in contestants):
+        raise UsageError("--kv-cache is for GGUF artifacts, and none is given; ONNX graphs state the type of theirs")
     if request.model is None:
         if request.baselines or request.smaller:
             raise UsageError("--baseline and --smaller need --model: the dense checkpoint that they stand beside")
@@ -119,6 +124,14 @@ def bench(request: BenchRequest, progress: pipeline.Progress) -> list[Measuremen
     )
 
 
+def _entrants(path: Path, kv_caches: Sequence[str]) -> list[Contestant]:
+    """An artifact, once per type of KV cache where its runtime lets one choose."""
+    if not kv_caches or not any(path.glob("*.gguf")):
+        return [Contestant(path.name, path)]
+    chosen = [RuntimeOptions(kv_cache=kind).kv_cache for kind in dict.fromkeys(kv_caches)]
+    return [Contestant(f"{path.name} (KV {kind})", path, kv_cache=kind) for kind in chosen]
+
+
 def _shown(contestants: Sequence[Contestant], stage: str, progress: pipeline.Progress) -> Iterator[Contestant]:
     for done, contestant in enumerate(contestants):
         progress(f"{stage} {contestant.name}"[:40], done, len(contestants))
@@ -128,7 +141,7 @@ def _shown(contestants: Sequence[Contestant], stage: str, progress: pipeline.Pro
 def _judged(workspace: Workspace, contestant: Contestant, pairs: Pairs | None, texts: Sequence[str]) -> Contestant:
     """Against the dense model. texts: what bits per byte are measured on, () where nobody asks."""
     _require_same_model(contestant.folder, workspace)
-    found = pipeline.measure_quality(workspace, contestant.folder, _opened_peer(contestant.folder))
+    found = pipeline.measure_quality(workspace, contestant.folder, _opened(contestant.folder, contestant.kv_cache))
     keys = ("cosine",) if workspace.task == ENCODER_TASK else ("kl", "perplexity_ratio", "top1")
     quality = {key: float(found[key]) for key in keys}
     if pairs is not None:
@@ -157,8 +170,13 @@ def _spearman(workspace: Workspace, contestant: Contestant, pairs: Pairs) -> dic
 
 
 def _bits_per_byte(own: Workspace, contestant: Contestant, texts: Sequence[str]) -> float:
-    decoder = _opened_peer(contestant.folder) or verify.decoder_of(contestant.folder)
+    decoder = _opened(contestant.folder, contestant.kv_cache) or verify.decoder_of(contestant.folder)
     return bits_per_byte(decoder.logits, own.tokenizer, texts, min(own.context, DECODER_LENGTH))
+
+
+def _opened(folder: Path, kv_cache: str) -> Any:
+    """What is not opened as usual: another tool's folder, or an artifact with a cache of its user's choice; or None."""
+    return open_artifact(folder, RuntimeOptions(kv_cache=kv_cache)) if kv_cache else _opened_peer(folder)
 
 
 def _opened_peer(folder: Path) -> Any:

@@ -15,6 +15,7 @@ from edgec.cli.options import (
     Calibration,
     Force,
     Json,
+    KvCache,
     Model,
     ProfileOption,
     SearchOption,
@@ -34,12 +35,13 @@ def evaluate(
         Path | None, typer.Option(help="STS-Benchmark file: adds Spearman with its bootstrap interval")
     ] = None,
     calibration: Calibration = None,
+    kv_cache: KvCache = "",
     as_json: Json = False,
 ) -> None:
     """Measure an artifact's quality against its dense model, on text that neither calibrated nor chose its plan."""
     from edgec import assess
 
-    found = assess.evaluate(artifact, model, sts=sts, calibration=calibration)
+    found = assess.evaluate(artifact, model, sts=sts, calibration=calibration, kv_cache=kv_cache)
     if as_json:
         print(json.dumps(found))
     else:
@@ -57,6 +59,7 @@ def run(
         bool, typer.Option("--sample", help="sample instead of always taking the likeliest token")
     ] = False,
     threads: Annotated[int, typer.Option(help="0: all physical cores")] = 0,
+    kv_cache: KvCache = "",
     as_json: Json = False,
 ) -> None:
     """Generate text (causal LM) or print how similar sentences are (encoder; --json for the vectors)."""
@@ -66,7 +69,7 @@ def run(
     texts = text or [line.rstrip("\n") for line in sys.stdin if line.strip()]
     if not texts:
         raise UsageError("nothing to run: give a prompt or sentences, or pipe lines in")
-    loaded: Any = open_artifact(artifact, RuntimeOptions(threads=threads))
+    loaded: Any = open_artifact(artifact, RuntimeOptions(threads=threads, kv_cache=kv_cache))
     if loaded.task != CAUSAL_LM:
         vectors = loaded.embed(texts)
         if as_json:
@@ -121,6 +124,10 @@ def bench(
     device: Annotated[str, typer.Option(help="where to measure: local, ssh:[user@]host[:port]")] = "local",
     cores: Annotated[int, typer.Option(min=0, help="local: physical cores to run on; 0: all")] = 0,
     ram_limit: Annotated[str | None, typer.Option("--ram-limit", help="local: private memory, 512MB, 2GB")] = None,
+    kv_cache: Annotated[
+        list[str] | None,
+        typer.Option(help="measure GGUF artifacts with this KV cache, f16 or q8_0 (repeat the option to compare)"),
+    ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="fresh processes per contestant")] = 5,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="causal LMs: prompt length")] = 128,
     new_tokens: Annotated[int, typer.Option(min=1, help="causal LMs: generated length")] = 64,
@@ -148,6 +155,8 @@ def bench(
 
     if bool(artifacts) == bool(shape):
         raise UsageError("give artifact folders or --shape, one of the two")
+    if shape and kv_cache:
+        raise UsageError("--kv-cache is for artifacts, not for --shape")
     if shape and smaller:
         raise UsageError("--smaller stands beside artifacts of a real model, not beside random weights")
     if target and not shape:
@@ -184,6 +193,7 @@ def bench(
                 calibration,
                 tuple(smaller or ()),
                 smaller_as,
+                tuple(kv_cache or ()),
             )
             rows = assess.bench(request, bars)
     console.print_bench(out, rows, costs, as_json=as_json)

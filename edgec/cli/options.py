@@ -54,6 +54,9 @@ Calibration = Annotated[
 ProfileOption = Annotated[
     Path | None, typer.Option("--profile", help="folder made by `edgec profile` of this very model")
 ]
+KvCache = Annotated[
+    str, typer.Option("--kv-cache", help="GGUF: type of keys and values, f16 or q8_0; default: the runtime's own")
+]
 Force = Annotated[bool, typer.Option("--force", help="replace an existing output that edgec wrote")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object instead of tables")]
 MaxLoss = Annotated[
