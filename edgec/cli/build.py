@@ -147,8 +147,7 @@ def plan(
     calibration: Calibration = None,
     as_json: Json = False,
 ) -> None:
-    """Decide the form of every layer under a budget, and write it as YAML to read, edit and give to `compress --plan`.
-    """
+    """Decide the form of every layer under a budget, and write YAML to read, edit and give to `compress --plan`."""
     from edgec import outputs, pipeline
     from edgec.pipeline.pace import parse_latency
     from edgec.plan.acceptance import parse_max_loss
@@ -180,6 +179,42 @@ def plan(
         for note in made.notes:
             console.line(out, f"  {note}", dim=True)
         console.line(out, f"wrote {output}")
+
+
+@app.command("kv-cache")
+def kv_cache(
+    artifact: Annotated[Path, typer.Argument(help="a causal LM made by `edgec export` for onnx", show_default=False)],
+    output: Annotated[Path, typer.Option("--out", "-o", help="folder to write")],
+    calibration: Calibration = None,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Copy an ONNX artifact so that its keys and values are kept in int8, and measure what that costs.
+
+    GGUF artifacts need no copy: `edgec run --kv-cache q8_0`.
+    """
+    from dataclasses import asdict
+
+    from edgec.export.onnx.kv_cache import quantise
+
+    if any(artifact.glob("*.gguf")):
+        raise UsageError(f"{artifact} is GGUF: its cache is chosen when it is opened, with --kv-cache q8_0")
+    with console.progress() as bars:
+        made = quantise(artifact, output, calibration=calibration, force=force, progress=bars)
+    if as_json:
+        print(json.dumps(asdict(made)))
+        return
+    console.print_pairs(
+        out,
+        f"int8 KV cache of {artifact}",
+        {
+            "cache per token": f"{made.bytes_before} B → {made.bytes_after} B",
+            "KL from before, nats per token": made.kl,
+            "same likeliest token": made.top1,
+            "measured on": f"{made.tokens} tokens of {made.text}",
+        },
+    )
+    console.line(out, f"wrote {output}")
 
 
 @app.command()

@@ -25,11 +25,12 @@ _DTYPES: dict[str, Any] = {
     "tensor(float16)": np.float16,
     "tensor(int64)": np.int64,
     "tensor(int32)": np.int32,
+    "tensor(int8)": np.int8,
 }
 
 
 @dataclass(frozen=True)
-class _Cache:
+class CacheTensor:
     """One cache tensor: the graph's input and output names and its shape [1, heads, past, size]."""
 
     past: str
@@ -56,7 +57,7 @@ class OrtDecoder:
             raise CheckpointError(f"{path} has no model.decoder; it is not a decoder that edgec can run")
         self.vocab_size = whole_number(model, "vocab_size", path)
         self.context_length = whole_number(model, "context_length", path)
-        file = inside(self.folder, decoder.get("filename", "model.onnx"), path)
+        self.path = file = inside(self.folder, decoder.get("filename", "model.onnx"), path)
         self._ort = import_onnxruntime()
         try:
             self.session = self._ort.InferenceSession(
@@ -67,12 +68,12 @@ class OrtDecoder:
         self._types = {i.name: _DTYPES.get(i.type) for i in self.session.get_inputs()}
         self._names = {k: str(v) for part in ("inputs", "outputs") for k, v in dict(decoder.get(part) or {}).items()}
         self._logits = self._names.get("logits", "logits")
-        self._caches = self._find_caches(decoder, path)
+        self.caches = self._find_caches(decoder, path)
         plain = {self._names.get(n, n) for n in ("input_ids", "attention_mask", "position_ids")}
-        if unknown := sorted(set(self._types) - plain - {c.past for c in self._caches}):
+        if unknown := sorted(set(self._types) - plain - {c.past for c in self.caches}):
             raise CheckpointError(f"{file} wants inputs that edgec does not know: {', '.join(unknown[:4])}")
 
-    def _find_caches(self, decoder: dict[str, Any], path: Path) -> tuple[_Cache, ...]:
+    def _find_caches(self, decoder: dict[str, Any], path: Path) -> tuple[CacheTensor, ...]:
         layers = whole_number(decoder, "num_hidden_layers", path, high=4096)
         heads = whole_number(decoder, "num_key_value_heads", path)
         size = whole_number(decoder, "head_size", path)
@@ -84,7 +85,7 @@ class OrtDecoder:
                 name = past.replace("%d", str(layer))
                 if self._types.get(name) is None:
                     raise CheckpointError(f"{path} names the cache input {name!r}, which the graph does not have")
-                found.append(_Cache(name, present.replace("%d", str(layer)), heads, size, self._types[name]))
+                found.append(CacheTensor(name, present.replace("%d", str(layer)), heads, size, self._types[name]))
         return tuple(found)
 
     def logits(self, ids: Ids, chunk: int = 128) -> Floats:
@@ -113,9 +114,14 @@ class OrtDecoder:
             result.append(int(values[-1].argmax()))
         return result
 
+    def cache_peaks(self, ids: Ids) -> dict[str, NDArray[np.float32]]:
+        """The largest absolute key and value of every head and channel over a text: cache input → [heads, head_dim]."""
+        _, cache = self._step(self._checked(ids), 0, self._empty_cache())
+        return {name: np.abs(value.numpy().astype(np.float32)).max(axis=(0, 2)) for name, value in cache.items()}
+
     def _empty_cache(self) -> dict[str, Any]:
         make = self._ort.OrtValue.ortvalue_from_numpy
-        return {c.past: make(np.zeros((1, c.heads, 0, c.size), dtype=c.dtype)) for c in self._caches}
+        return {c.past: make(np.zeros((1, c.heads, 0, c.size), dtype=c.dtype)) for c in self.caches}
 
     def _step(self, ids: Ids, past: int, cache: dict[str, Any]) -> tuple[Floats, dict[str, Any]]:
         """ids [t] after `past` cached positions → logits [t, V] and the cache of past + t positions."""
@@ -130,13 +136,13 @@ class OrtDecoder:
             if name in self._types:
                 dtype = self._types[name] or np.int64
                 feeds[name] = self._ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value, dtype=dtype))
-        outputs = self.session.run_with_ort_values([self._logits, *(c.present for c in self._caches)], feeds)
+        outputs = self.session.run_with_ort_values([self._logits, *(c.present for c in self.caches)], feeds)
         values = np.asarray(outputs[0].numpy(), dtype=np.float32)[0]
         if values.shape[0] != len(ids):
             raise CheckpointError(f"{self.folder} returns logits of {values.shape[0]} of {len(ids)} positions")
         if not np.isfinite(values).all():
             raise NumericsError(f"{self.folder} answered NaN or Inf at position {past} or later")
-        return values, {c.past: value for c, value in zip(self._caches, outputs[1:], strict=True)}
+        return values, {c.past: value for c, value in zip(self.caches, outputs[1:], strict=True)}
 
     def _checked(self, ids: Ids, new_tokens: int = 0) -> Ids:
         flat = np.asarray(ids, dtype=np.int64).reshape(-1)
