@@ -16,7 +16,7 @@ OFFLINE = HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 # One thread to a worker: two that each want both cores are slower than one after the other.
 PYTEST = $(OFFLINE) OMP_NUM_THREADS=1 EDGEC_ASSETS="$${EDGEC_ASSETS:-$$(pwd)/../shared/assets}" $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
-.PHONY: help setup setup-gguf demo test test-fast results lint clean distclean
+.PHONY: help setup setup-gguf optimum-env demo test test-fast results lint clean distclean
 
 help:
 	@echo 'make demo       compress a real model for x86-64 and arm64, measure it, write demo-out/report.html'
@@ -26,7 +26,8 @@ help:
 	@echo 'make results    RESULTS.md: every figure that README.md quotes, measured again (hours); FIGURES="minilm" for some'
 	@echo 'make setup      .venv/ with everything that the above need but llama.cpp; they call it themselves'
 	@echo 'make setup-gguf the same with llama.cpp, compiled for some minutes; make test calls it'
-	@echo 'make clean      remove what demo, benchmarks and tests left; distclean: .venv/ and .cache/ too'
+	@echo 'make optimum-env  .venv-optimum/ for edgec bench --baseline optimum, which needs another transformers'
+	@echo 'make clean      remove what demo, benchmarks and tests left; distclean: .venv*/ and .cache/ too'
 
 # The stamp is written last, so an interrupted setup is taken up again; it holds what the environment was made from.
 setup:
@@ -56,6 +57,18 @@ setup-gguf: setup
 	else \
 		echo 'llama-cpp-python cannot be installed here (it needs a C++ compiler): tests of GGUF will be skipped' >&2; \
 	fi
+
+# optimum-onnx needs transformers 4; its dense export is a baseline (edgec/bench/baselines/optimum_onnx.py).
+optimum-env:
+	@set -eu; \
+	if ! .venv-optimum/bin/python -c 'import optimum.exporters.onnx' 2> /dev/null; then \
+		echo 'creating .venv-optimum/ (several minutes)'; \
+		$(PYTHON) -m venv --clear .venv-optimum; \
+		.venv-optimum/bin/python -m pip install --disable-pip-version-check --no-input --quiet \
+			$${TORCH_INDEX:+--extra-index-url "$$TORCH_INDEX"} \
+			'optimum-onnx==0.1.0' 'optimum>=2.1,<2.2' 'transformers==4.57.6' 'torch>=2.13,<2.14' accelerate onnxruntime; \
+	fi; \
+	echo "export EDGEC_OPTIMUM_PYTHON=$$(pwd)/.venv-optimum/bin/python"
 
 # One profile serves both exports: it knows the model, not the target.
 demo: setup
@@ -91,4 +104,4 @@ clean:
 	find edgec tests runtime_tests -type d -name __pycache__ -prune -exec rm -rf {} +
 
 distclean: clean
-	rm -rf .venv .cache edgec.egg-info
+	rm -rf .venv .venv-optimum .cache edgec.egg-info

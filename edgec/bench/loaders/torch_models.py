@@ -8,6 +8,7 @@ advises: a static cache, decode steps compiled and the prefill left eager, becau
 from __future__ import annotations
 
 import importlib.metadata
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -85,7 +86,7 @@ class TorchEncoder:
         self.folder = folder
         model = load_dense(checkpoint, dtype)
         # The number of tokens differs from batch to batch: one program for all of them.
-        self._model: Any = torch.compile(model, dynamic=True) if compiled else model
+        self._model: Any = _compiled(model, dynamic=True) if compiled else model
         self._tokenizer = load_tokenizer(checkpoint)
         self._pooling = read_pooling(checkpoint.folder) or Pooling("mean", normalize=True)
         self._max_tokens = ort_encoder.max_tokens(checkpoint.folder, dict(checkpoint.config))
@@ -119,7 +120,7 @@ class TorchCausalLM:
     def __init__(self, folder: Path, checkpoint: Checkpoint, dtype: torch.dtype, *, compiled: bool) -> None:
         self.folder = folder
         self._model = load_dense(checkpoint, dtype)
-        self._step: Any = torch.compile(self._model, dynamic=False) if compiled else self._model
+        self._step: Any = _compiled(self._model, dynamic=False) if compiled else self._model
         self._compiled = compiled
         config = self._model.config
         self.vocab_size = int(config.vocab_size)
@@ -163,6 +164,12 @@ class TorchCausalLM:
         else:
             self._cache.reset()
         return self._cache
+
+
+def _compiled(model: transformers.PreTrainedModel, *, dynamic: bool) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # inductor, when imported, uses torch's own old interfaces
+        return torch.compile(model, dynamic=dynamic)
 
 
 def _finite(values: Floats, folder: Path) -> Floats:
