@@ -30,7 +30,7 @@ from edgec.plan import advice, hardware, verdict
 from edgec.plan.advice import Advice, Alternative, Desk, Limits
 from edgec.plan.budget import parse_budget
 from edgec.plan.costs import Costs, Facts, Ram, Rate, parameters_that_fit
-from edgec.plan.kv_cache import CacheShape, kv_bytes
+from edgec.plan.kv_cache import CacheShape, Memory, kv_bytes
 from edgec.plan.planner import Sizes, constrained_plan
 from edgec.profile.store import load_profile
 from edgec.quantize.formats import CoreFormat
@@ -68,16 +68,18 @@ class AdviceRequest:
     smaller: Path | None = None
     measured: Path | None = None
     measure: bool = False
+    host_ram: str | None = None
+    pooled_ram: str | None = None
 
 
-def parse_ram(text: str) -> float:
+def parse_ram(text: str, option: str = "--ram") -> float:
     """Bytes of "2GB" or "512MB". Raises UsageError."""
     try:
         budget = parse_budget(text)
     except UsageError:
         budget = None
     if budget is None or budget.kind != "size":
-        raise UsageError(f"--ram {text!r}: expected a size, for example 512MB, 2GB or 1.5GiB")
+        raise UsageError(f"{option} {text!r}: expected a size, for example 512MB, 2GB or 1.5GiB")
     return budget.value
 
 
@@ -104,6 +106,8 @@ def parse_loss(text: str, task: str) -> float:
 def advise(request: AdviceRequest, progress: pipeline.Progress) -> Advice:
     """The four nodes and the verdict. Cheap refusals come first, then the profile, then the machine's measurements."""
     ram, target = parse_ram(request.ram), get_target(request.target)
+    host = parse_ram(request.host_ram, "--host-ram") if request.host_ram is not None else 0.0
+    pooled = parse_ram(request.pooled_ram, "--pooled-ram") if request.pooled_ram is not None else 0.0
     latency = parse_latency(request.latency) if request.latency is not None else None
     row = hardware.of_target(target)
     workspace = Workspace(request.model, request.calibration)
@@ -122,8 +126,10 @@ def advise(request: AdviceRequest, progress: pipeline.Progress) -> Advice:
     evaluate = pipeline.evaluator(workspace, found, workspace.divergence_on_search) if request.measure else None
     desk = Desk(found, workspace.layers, target, facts, costs, limits, 0.0, evaluate)
     relevance = bool(workspace.checkpoint.config.get("index_topk"))  # an indexer that scores tokens beforehand
-    cache = advice.cache_node(facts, row, desk.weights_left - _smallest(desk), relevance)
-    desk.kv = cache.decision.bytes or cache.decision.whole_bytes if cache.decision is not None else 0.0
+    kv, source = _kv_types(target, row)
+    memory = Memory(desk.weights_left - _smallest(desk), host, pooled)
+    cache = advice.cache_node(facts, kv, source, memory, relevance)
+    desk.kv = cache.decision.whole_bytes if cache.decision is not None else 0.0
     made = advice.alternatives(desk) + [desk.held(_from_row(measured, facts, desk.kv)) for measured in rows]
     language = None
     if other is not None:
@@ -225,6 +231,13 @@ def measure_costs(facts: Facts, layers: Sequence[Layer], target: Target, row: ha
     )
 
 
+def _kv_types(target: Target, row: hardware.Hardware) -> tuple[tuple[str, ...], str]:
+    """Types of a KV cache that the target's artifacts run with, best first, and who says so."""
+    if target.artifact.startswith("gguf"):
+        return hardware.KV_GGUF, hardware.KV_GGUF_SOURCE
+    return row.kv, row.kv_source
+
+
 def _smallest(desk: Desk) -> float:
     """Resident bytes of the smallest plan: what a cache must leave room for."""
     plans = list(desk.plans(desk.profile, capped=False))
@@ -268,7 +281,10 @@ def _from_row(entry: dict[str, Any], facts: Facts, kv: float) -> Alternative:
     loss = quality.get("kl") if lm else (1 - quality["cosine"] if "cosine" in quality else None)
     peak = metrics["peak_rss_bytes"]["value"] if "peak_rss_bytes" in metrics else math.inf
     seen = float(settings.get("prompt_tokens", 0)) + float(settings.get("new_tokens", 0))
-    more = max(0.0, kv - kv_bytes(facts.cache, int(seen), 1, "fp32")) if facts.cache is not None and seen else 0.0
+    more = 0.0
+    if facts.cache is not None and seen:
+        held = entry.get("kv_cache_bytes") or kv_bytes(facts.cache, int(seen), 1, "fp32")
+        more = max(0.0, kv - float(held))
     name = str(entry["contestant"])
     what = advice.PIPELINE
     if name.startswith("dense"):
@@ -308,7 +324,7 @@ def _smaller(other: Workspace, request: AdviceRequest, target: Target, desk: Des
     )
     kv = 0.0
     if facts.cache is not None:
-        kv = kv_bytes(facts.cache, facts.context, facts.batch, hardware.of_target(target).kv[0])
+        kv = kv_bytes(facts.cache, facts.context, facts.batch, _kv_types(target, hardware.of_target(target))[0][0])
     theirs = Desk(desk.profile, other.layers, target, facts, desk.costs, desk.limits, kv)
     judged = theirs.judge(plan, f"{facts.name} {target.dense_formats[0]}", advice.SMALLER)
     return replace(judged, loss=None, acceptable=None, note=f"{facts.parameters / 1e6:.3g} M parameters")

@@ -249,6 +249,10 @@ def advise(
     smaller: Annotated[Path | None, typer.Option(help="a smaller checkpoint to weigh against this one")] = None,
     measured: Annotated[Path | None, typer.Option(help="output of `edgec bench --json` on the target")] = None,
     measure: Annotated[bool, typer.Option("--measure", help="measure every plan's loss end to end (minutes)")] = False,
+    host_ram: Annotated[
+        str | None, typer.Option("--host-ram", help="slower memory of the host, where a KV cache could go")
+    ] = None,
+    pooled_ram: Annotated[str | None, typer.Option("--pooled-ram", help="the same for pooled (CXL) memory")] = None,
     as_json: Json = False,
 ) -> None:
     """Say whether to deploy, and what: as it is, quantised, factored, or a smaller model; with the arithmetic.
@@ -259,7 +263,21 @@ def advise(
     from edgec import console_advice
 
     request = advising.AdviceRequest(
-        model, target, ram, latency, max_loss, context, batch, threads, profile, calibration, smaller, measured, measure
+        model,
+        target,
+        ram,
+        latency,
+        max_loss,
+        context,
+        batch,
+        threads,
+        profile,
+        calibration,
+        smaller,
+        measured,
+        measure,
+        host_ram,
+        pooled_ram,
     )
     with console.progress() as bars:
         found = advising.advise(request, bars)

@@ -203,21 +203,30 @@ def predicted_loss(choices: Iterable[Choice]) -> float | None:
     return total
 
 
-def cache_node(facts: Facts, hardware: Hardware, left: float, relevance_signal: bool) -> CacheNode:
-    """left: bytes of device memory for the cache, with the weights at their smallest."""
+def cache_node(
+    facts: Facts, kv: tuple[str, ...], source: str, memory: kv_cache.Memory, relevance_signal: bool
+) -> CacheNode:
+    """kv: types that the runtime can keep, best first; source: who says so. memory: what is left for the cache, with
+    the weights at their smallest.
+    """
     if facts.cache is None:
         return CacheNode(None, "an encoder reads its whole input at once and keeps nothing: no KV cache")
-    precisions = tuple(dict.fromkeys((hardware.kv[0], "fp16", "int8")))
+    precisions = tuple(dict.fromkeys((kv[0], "fp16", "int8")))
     decision = kv_cache.decide(
         facts.cache,
         facts.context,
         facts.batch,
-        kv_cache.Memory(left),
+        memory,
         precisions=precisions,
-        runs=hardware.kv[:1],
+        runs=kv,
         relevance_signal=relevance_signal,
     )
-    return CacheNode(decision, hardware.kv_source)
+    if memory.host or memory.pooled:
+        source += (
+            "; a cache outside device memory is arithmetic only: the runtimes that edgec writes for do not move one, "
+            "so the memory below counts it whole"
+        )
+    return CacheNode(decision, source)
 
 
 class Desk:

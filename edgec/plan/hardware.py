@@ -57,9 +57,12 @@ _TE = "NVIDIA Transformer Engine, datatype and hardware support matrix, by compu
 _TRT = "NVIDIA TensorRT-LLM 0.18 support matrix, precision by SM"
 _SEEDS = "the decision list that this table follows (SEEDS, node 2)"
 _KV_CPU = (
-    "edgec's decoders keep fp32 caches; onnxruntime's CPU GroupQueryAttention can hold int8 (onnxruntime #28576, "
-    "#28578), which onnxruntime-genai's CPU builder does not write yet (onnxruntime-genai #2187)"
+    "edgec's decoders keep fp32 caches; `edgec kv-cache` copies one to int8, which onnxruntime's CPU "
+    "GroupQueryAttention holds (onnxruntime #28576, #28578)"
 )
+KV_GGUF = ("fp16", "int8")
+"""llama.cpp and edgec.runtime.ggml: F16, or Q8_0 with --kv-cache q8_0, whose scales add a sixteenth to int8's bytes."""
+KV_GGUF_SOURCE = "ggml keeps F16 caches, and Q8_0 ones where heads are a multiple of 32 numbers: --kv-cache q8_0"
 _KV_CUDA = "GroupQueryAttention on CUDA holds fp16, int8 and fp8 (onnxruntime #26200)"
 _VNNI = "8-bit dot products (VNNI) inside MatMulNBits at accuracy_level 4"
 _INT2 = "kernels at blocks of 64 and 128 only; at 32 slower than 4-bit"
@@ -106,9 +109,7 @@ HARDWARE: Mapping[str, Hardware] = {
             "arm64 CPU with dot-product instructions (phones, Apple silicon, Raspberry Pi 5)",
             "aarch64",
             (
-                Support(
-                    "int8", YES, "dot-product kernels since onnxruntime 1.23", "onnxruntime #24769, #25110", (32,)
-                ),
+                Support("int8", YES, "dot-product kernels since onnxruntime 1.23", "onnxruntime #24769, #25110", (32,)),
                 Support(
                     "int4",
                     DEFAULT,

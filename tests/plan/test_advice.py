@@ -25,8 +25,8 @@ from edgec.plan.advice import (
 )
 from edgec.plan.candidates import candidates
 from edgec.plan.costs import Costs, Facts, Ram, Rate, milliseconds_of, parameters_that_fit, ram_of
-from edgec.plan.hardware import of_target
-from edgec.plan.kv_cache import CacheShape
+from edgec.plan.hardware import KV_GGUF, KV_GGUF_SOURCE, of_target
+from edgec.plan.kv_cache import CacheShape, Memory
 from edgec.plan.planner import Sizes, constrained_plan, make_choice
 from edgec.plan.verdict import Ground, Language
 from edgec.quantize.formats import CoreFormat, LayerFormat
@@ -129,13 +129,26 @@ def test_an_unscored_choice_makes_a_loss_unknown_and_floats_add_nothing() -> Non
 
 def test_node_3_for_encoders_and_decoders() -> None:
     row = of_target(X64)
-    node = advice.cache_node(FACTS, row, 1e6, False)
+    node = advice.cache_node(FACTS, row.kv, row.kv_source, Memory(1e6), False)
     assert node.decision is not None
     assert (node.decision.placement, node.decision.precision) == ("device memory", "fp32")
     assert node.decision.bytes == 2 * 2 * 64 * 2 * 32 * 4
-    encoder = advice.cache_node(replace(FACTS, cache=None), row, 1e6, False)
+    encoder = advice.cache_node(replace(FACTS, cache=None), row.kv, row.kv_source, Memory(1e6), False)
     assert encoder.decision is None
     assert "no KV cache" in encoder.note
+
+
+def test_node_3_takes_int8_before_it_looks_elsewhere_and_says_that_elsewhere_is_arithmetic() -> None:
+    row = of_target(X64)
+    whole = 2 * 2 * 64 * 2 * 32 * 4
+    tight = advice.cache_node(FACTS, row.kv, row.kv_source, Memory(whole / 2), False)
+    assert tight.decision is not None
+    assert (tight.decision.placement, tight.decision.precision) == ("device memory", "int8")
+    assert "edgec kv-cache" in tight.note and "arithmetic only" not in tight.note
+    away = advice.cache_node(FACTS, KV_GGUF, KV_GGUF_SOURCE, Memory(0.0, host=1e9, pooled=1e9), False)
+    assert away.decision is not None and "arithmetic only" in away.note
+    assert {option.placement for option in away.decision.options} == {"device memory", "pooled (CXL)", "host offload"}
+    assert {option.precision for option in away.decision.options} == {"fp16", "int8"}
 
 
 def test_alternatives_stand_from_simple_to_complicated_and_searches_keep_the_limits() -> None:
