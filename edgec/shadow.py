@@ -65,8 +65,11 @@ class Shadow:
     new_tokens: int
 
     def worst(self, count: int) -> tuple[Case, ...]:
-        """The cases that diverge most, the worst first; NaN is worse than any number."""
-        return tuple(sorted(self.cases, key=lambda c: -_orderable(c.divergence))[:count])
+        """The cases that diverge most, the worst first; NaN is worse than any number. Real traffic repeats itself: of
+        equal prompts the first is shown.
+        """
+        different = {case.prompt: case for case in reversed(self.cases)}
+        return tuple(sorted(different.values(), key=lambda c: (-_orderable(c.divergence), c.line))[:count])
 
     def summary(self) -> dict[str, Any]:
         """Over prompts, each weighing the same."""

@@ -55,8 +55,9 @@ def test_malformed_traffic_is_refused_by_line(tmp_path: Path, raw: bytes) -> Non
 
 
 def test_the_worst_come_first_and_nan_is_worst() -> None:
-    cases = tuple(Case(i, "p", 4, d, agreement=0.5) for i, d in enumerate((0.1, math.nan, 0.7, 0.0)))
-    found = Shadow("causal-lm", cases, 0)
+    cases = tuple(Case(i, f"p{i}", 4, d, agreement=0.5) for i, d in enumerate((0.1, math.nan, 0.7, 0.0)))
+    again = Case(4, "p2", 4, 0.7, agreement=0.5)  # traffic repeats itself, a list of what to read should not
+    found = Shadow("causal-lm", (*cases, again), 0)
     assert [c.line for c in found.worst(3)] == [1, 2, 0]
     told = json.loads(json.dumps(found.as_dict(), allow_nan=False))
     assert told["cases"][1]["divergence"] is None

@@ -168,3 +168,12 @@ def test_without_the_package_the_reason_says_what_to_install(monkeypatch: pytest
         llama_cpp.prepare()
     monkeypatch.undo()
     llama_cpp.import_llama_cpp.cache_clear()
+
+
+def test_the_cache_may_be_q8_0(folder: Path, model: LlamaCpp) -> None:
+    """Half the bytes, nearly the same logits; f16 is what llama.cpp takes by itself."""
+    ids = np.array(model.encode("def f(x):\n    return x"))
+    exact = model.logits(ids)
+    named, coarse = (LlamaCpp(folder, RuntimeOptions(1, kv_cache=kind)).logits(ids) for kind in ("f16", "q8_0"))
+    np.testing.assert_array_equal(named, exact)
+    assert 0 < np.abs(coarse - exact).max() < 0.1 * np.abs(exact).max()

@@ -11,7 +11,7 @@ import pytest
 
 import edgec
 from edgec.errors import UsageError
-from edgec.runtime.options import RuntimeOptions, genai_overlay, physical_cores, session_options
+from edgec.runtime.options import RuntimeOptions, genai_overlay, physical_cores, refuse_kv_cache, session_options
 from edgec.subprocesses import run
 
 PACKAGE = Path(edgec.__file__).parent
@@ -29,7 +29,7 @@ def test_threads_default_to_physical_cores() -> None:
     assert session["intra_op_num_threads"] == 3 and session["session.intra_op.allow_spinning"] == "0"
 
 
-@pytest.mark.parametrize("bad", [{"threads": -1}, {"threads": 10**6}, {"spin": "sometimes"}])
+@pytest.mark.parametrize("bad", [{"threads": -1}, {"threads": 10**6}, {"spin": "sometimes"}, {"kv_cache": "int8"}])
 def test_nonsense_is_refused(bad: dict[str, object]) -> None:
     with pytest.raises(UsageError):
         RuntimeOptions(**bad)  # type: ignore[arg-type]
@@ -59,3 +59,10 @@ def test_no_file_even_mentions_one_in_an_import(path: Path) -> None:
         for name in names:
             assert name.partition(".")[0] not in FORBIDDEN
             assert not name.startswith("onnxruntime_genai.models")
+
+
+def test_a_cache_that_the_files_decide_is_not_chosen_by_an_option() -> None:
+    refuse_kv_cache(RuntimeOptions(), "onnxruntime")
+    refuse_kv_cache(None, "onnxruntime")
+    with pytest.raises(UsageError, match="onnxruntime keeps keys and values in the type"):
+        refuse_kv_cache(RuntimeOptions(kv_cache="q8_0"), "onnxruntime")
