@@ -66,7 +66,8 @@ def measure(folder: Path, threads: int, ram_limit_bytes: int = 0) -> dict[str, f
 def read_bytes_s(threads: int, buffer_bytes: int = BUFFER_BYTES) -> float:
     """Bytes per second that so many threads read together: the best of some passes."""
     slices: list[NDArray[np.int64]] = [np.empty(0, np.int64)] * threads
-    start, end = threading.Barrier(threads + 1), threading.Barrier(threads + 1)
+    together = threading.Barrier(threads)
+    spans: list[list[tuple[float, float]]] = [[] for _ in range(threads)]
     share = buffer_bytes // (8 * threads)
     passes = [(kind, reduce) for kind, reduce in _REDUCTIONS for _ in range(_PASSES)]
 
@@ -75,22 +76,20 @@ def read_bytes_s(threads: int, buffer_bytes: int = BUFFER_BYTES) -> float:
         slices[number] = np.full(share, number + 1, np.int64)
         for kind, reduce in passes:
             values = slices[number].view(kind)
-            start.wait()
+            together.wait()
+            begun = time.perf_counter()
             reduce(values)
-            end.wait()
+            spans[number].append((begun, time.perf_counter()))
 
     readers = [threading.Thread(target=reader, args=(number,), daemon=True) for number in range(threads)]
     for thread in readers:
         thread.start()
-    best = 0.0
-    for _ in passes:
-        start.wait()
-        begun = time.perf_counter()
-        end.wait()
-        best = max(best, 8 * share * threads / (time.perf_counter() - begun))
     for thread in readers:
         thread.join()
-    return best
+    # From the first to begin to the last to end, by the readers' own clocks: another thread wakes late, and would call
+    # a pass shorter than it was.
+    longest = [max(e for _, e in one) - min(b for b, _ in one) for one in zip(*spans, strict=True)]
+    return 8 * share * threads / min(longest)
 
 
 def _product_seconds(path: Path, threads: int) -> float | None:
