@@ -30,6 +30,7 @@ from edgec.blocks import BlockWalker, StoredWeights
 from edgec.calibration import Batches
 from edgec.checkpoint import Checkpoint
 from edgec.compress.apply import _shared, _shares, apply_factors
+from edgec.compress.heap import return_large_arrays
 from edgec.compress.streaming_store import streamed_folder
 from edgec.contraction import Gather, evaluate
 from edgec.errors import EdgecError
@@ -98,6 +99,7 @@ def stream_fit(
     Layers that share cores (a tied head and its table) come together. folder: where hidden states beyond the cap go;
     a temporary one by default.
     """
+    return_large_arrays()
     run = _Run(checkpoint, layers, choices, fit_choice or fit_by_rows, progress)
     if batches is None or not any(map(_calibrated, choices)):
         yield from run.plainly([c.layer for c in choices])
