@@ -108,7 +108,7 @@ def test_readme_commands_exist() -> None:
         elif words[:2] == ["python", "-m"]:
             assert (ROOT / f"{words[2].replace('.', '/')}.py").is_file(), command
     assert set(re.findall(r"`make ([a-z-]+)", README)) <= make_targets()
-    assert set(re.findall(r"^\| `edgec ([a-z]+)` \|", README, re.MULTILINE)) == verbs, "the table lists every verb"
+    assert set(re.findall(r"^\| `edgec ([a-z-]+)` \|", README, re.MULTILINE)) == verbs, "the table lists every verb"
 
 
 def test_readme_options_exist() -> None:
