@@ -80,7 +80,7 @@ def write_factored(model: Path, plan: str, out: Path, progress: Progress = lambd
         cores: dict[str, Core] = {}
         for name, dims in core_shapes(contraction).items():
             kind = EXACT.get(str(formats[name]))
-            if kind not in _SCALES or len(dims) != 2:
+            if kind is None or kind not in _SCALES or len(dims) != 2:
                 raise UsageError(f"--plan {plan}: {choice.layer} would hold {formats[name]}; expected uniform:RATIO")
             cores[name] = _core(f"{choice.layer}.{name}", (dims[0], dims[1]), kind)
         made[choice.layer] = Factors(contraction, cores)

@@ -199,7 +199,8 @@ class Measurement:
 
     load_s: seconds from an empty process with the runtime imported to a usable session.
     ttft_ms, prefill_tok_s, decode_tok_s: causal LMs, at the stated prompt and generation lengths.
-    items_s: encoders, sentences per second at the stated batch; item_ms the latency of a single sentence.
+    step_ms, step_p95_ms: one decode step, median and 95th percentile inside a process.
+    items_s: encoders, sentences per second at the stated batch; item_ms, item_p95_ms the latency of a single sentence.
     peak_rss_bytes: of the whole process; runtime_rss_bytes: the same process with the runtime imported, nothing loaded.
     rss_growth_bytes: peak RSS per 1000 further tokens of context. joules_token, joules_item: where the machine tells.
     artifact_bytes: model file and external data. kv_cache_bytes: keys and values of prompt and generated tokens.

@@ -18,7 +18,7 @@ import numpy as np
 from edgec import limits
 from edgec.bench import ceilings
 from edgec.bench.devices import Device, open_device
-from edgec.bench.jobs import METRICS, Answers, Job
+from edgec.bench.jobs import METRICS, TAILS, Answers, Job
 from edgec.bench.reads import Reads, reads_of
 from edgec.bench.sizes import artifact_bytes
 from edgec.bench.text import sentences
@@ -275,7 +275,7 @@ def spread(values: Sequence[float]) -> Spread:
 def _spread_notes(metrics: Mapping[str, Spread], bound: float) -> list[str]:
     """One note for each timed metric whose quartiles lie too far apart to compare it."""
     notes = []
-    for name in METRICS:
+    for name in (name for name in METRICS if name not in TAILS):
         found = metrics.get(name)
         if found and (found.high - found.low) / found.value > bound:
             share = 100 * (found.high - found.low) / found.value

@@ -17,7 +17,11 @@ from edgec.errors import BenchError
 JOB_VERSION = 1
 PEER_FILE = "peer.json"
 """In a folder that another tool runs, for comparison: {"loader": a file of edgec.bench.loaders, …}."""
-METRICS = ("ttft_ms", "prefill_tok_s", "decode_tok_s", "items_s", "item_ms", "joules_token", "joules_item")
+TAILS = ("step_p95_ms", "item_p95_ms")
+"""Slow ones among many: one decode step, one sentence. They scatter by nature, so no spread makes them unsettled."""
+METRICS = (
+    "ttft_ms", "prefill_tok_s", "decode_tok_s", "step_ms", "items_s", "item_ms", "joules_token", "joules_item", *TAILS,
+)  # fmt: skip
 """What one timed sample may hold; all are times or rates, so all are finite and above zero."""
 
 _MAX_NUMBER = 1e15
@@ -79,6 +83,8 @@ class Answers:
 
     runtime_rss_bytes: the process with its runtime imported and nothing loaded. load_peak_rss_bytes: the peak when
     the session is ready. peak_rss_bytes: the peak at the end. facts: versions and counts, for the row's settings.
+    remarks: what a device found out about this artifact, for the row's notes.
+    remarks: what a device found out about this artifact, for the row's notes.
     context_rss: (prompt tokens, peak RSS in bytes of generating after them), a short prompt and a long one. ceilings:
     what a roofline job found, by name. remarks: what a device found out about this artifact, for the row's notes.
     """

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import random
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean, median
 from typing import IO, Any, cast
@@ -31,6 +32,8 @@ from edgec.runtime.options import RuntimeOptions, one_per_core
 
 _SINGLES = 8
 """Sentences that are timed one by one in each sample [count]."""
+_LEAST_LATENCIES = 24
+"""Fewest of their latencies, so that a 95th percentile is not simply the slowest [count]."""
 
 
 def main() -> int:
@@ -123,15 +126,26 @@ def _encoder_sampler(model: Encoder, job: Job, meter: Meter | None) -> Callable[
             if elapsed >= min_seconds:
                 break
         joules = meter.joules(mark) if meter else 0.0
-        latencies = []
-        for sentence in singles:
-            begun = time.perf_counter()
-            model.embed([sentence])
-            latencies.append(time.perf_counter() - begun)
+        latencies: list[float] = []
+        while len(latencies) < (_LEAST_LATENCIES if min_seconds else 1):
+            for sentence in singles:
+                begun = time.perf_counter()
+                model.embed([sentence])
+                latencies.append(time.perf_counter() - begun)
         done = batches * len(job.sentences)
-        return {"items_s": done / elapsed, "item_ms": 1e3 * median(latencies), **_each("joules_item", joules, done)}
+        return {
+            "items_s": done / elapsed,
+            "item_ms": 1e3 * median(latencies),
+            "item_p95_ms": 1e3 * _p95(latencies),
+            **_each("joules_item", joules, done),
+        }
 
     return sample
+
+
+def _p95(values: Sequence[float]) -> float:
+    """The 95th percentile, a value that was measured: the smallest that at least 95 % do not exceed."""
+    return sorted(values)[math.ceil(0.95 * len(values)) - 1]
 
 
 def _each(name: str, joules: float, count: int) -> dict[str, float]:
@@ -152,6 +166,7 @@ def _causal_sampler(model: CausalLM, job: Job, meter: Meter | None) -> Callable[
     def sample(min_seconds: float) -> dict[str, float]:
         first: list[float] = []
         rest: list[float] = []
+        steps: list[float] = []
         joules = 0.0
         while True:
             begun = time.perf_counter()
@@ -159,8 +174,11 @@ def _causal_sampler(model: CausalLM, job: Job, meter: Meter | None) -> Callable[
             next(tokens)
             mark = meter.mark() if meter else None
             prefilled = time.perf_counter()
-            count = 1 + sum(1 for _ in tokens)
-            ended = time.perf_counter()
+            count, ended = 1, prefilled
+            for _ in tokens:
+                before, ended = ended, time.perf_counter()
+                steps.append(ended - before)
+                count += 1
             joules += meter.joules(mark) if meter else 0.0
             if count != job.new_tokens:
                 raise BenchError(f"the runtime generated {count} tokens instead of {job.new_tokens}")
@@ -171,6 +189,7 @@ def _causal_sampler(model: CausalLM, job: Job, meter: Meter | None) -> Callable[
         result = {"ttft_ms": 1e3 * fmean(first), "prefill_tok_s": job.prompt_tokens / fmean(first)}
         if job.new_tokens > 1:
             result["decode_tok_s"] = (job.new_tokens - 1) / fmean(rest)
+            result |= {"step_ms": 1e3 * median(steps), "step_p95_ms": 1e3 * _p95(steps)}
             result |= _each("joules_token", joules, (job.new_tokens - 1) * len(rest))
         return result
 

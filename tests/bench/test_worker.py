@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import edgec
+from edgec.bench import worker
 from edgec.bench.devices import WORKER_FILES
 from edgec.bench.devices.local import worker_environment
 from edgec.bench.jobs import Answers, Job
@@ -105,3 +106,21 @@ def test_what_libraries_print_does_not_reach_the_answers(encoder_folder: Path, t
     answers, finished = work(encoder_job(encoder_folder), env=environment)
     assert finished.ok and answers.done, (answers, finished)
     assert b"noise from python" in finished.stderr and b"native noise" in finished.stderr
+
+
+def test_the_95th_percentile_is_a_value_that_was_measured_and_not_the_slowest_of_many() -> None:
+    values = [float(i) for i in range(1, 101)]
+    assert worker._p95(values[::-1]) == 95.0
+    assert worker._p95([3.0]) == 3.0
+    assert worker._p95(values[:24]) == 23.0
+
+
+def test_tails_are_told_beside_medians(encoder_folder: Path, lm_folder: Path) -> None:
+    for job, name in (
+        (encoder_job(encoder_folder, samples=1, min_sample_s=0.01), "item"),
+        (Job(str(lm_folder), "causal-lm", 1, samples=1, min_sample_s=0.0, prompt_tokens=16, new_tokens=8), "step"),
+    ):
+        answers, finished = work(job)
+        assert finished.ok and answers.done, (answers, finished)
+        (sample,) = answers.samples
+        assert 0 < sample[f"{name}_ms"] <= sample[f"{name}_p95_ms"]
