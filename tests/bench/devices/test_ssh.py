@@ -1,6 +1,4 @@
-"""Devices: limits on this machine, and another one through OpenSSH (a stand-in client, and a real server where there is
-one).
-"""
+"""Another machine through OpenSSH: a stand-in client, and a real server where there is one."""
 
 from __future__ import annotations
 
@@ -18,56 +16,11 @@ from pathlib import Path
 import pytest
 
 from edgec.bench.devices import _remote, open_device, ssh
-from edgec.bench.devices._limits import parse_limits, parse_ram_limit
 from edgec.bench.harness import BenchSettings, Contestant, run_bench
-from edgec.bench.jobs import Answers, Job
+from edgec.bench.jobs import Job
 from edgec.errors import BenchError, UsageError
-from edgec.runtime.options import one_per_core
 
 QUICK = BenchSettings(rounds=1, samples=1, warmup=0, min_sample_s=0.0, batch=2, threads=1, timeout_s=120)
-
-
-# This machine, held back
-
-
-def test_limits_as_people_type_them() -> None:
-    assert parse_limits("") == parse_limits(",")
-    found = parse_limits("cores=2,ram=1.5GiB")
-    assert (found.cores, found.ram_bytes) == (2, 3 << 29)
-    for bad in ("cores=0", "cores=two", "ram=2", "ram=-1GB", "ram=1kB", "cores=1,cores=1", "gpu=1", "cores"):
-        with pytest.raises(UsageError):
-            parse_limits(bad)
-    with pytest.raises(UsageError, match="at least 1 MiB"):
-        parse_ram_limit("nanGB")
-    with pytest.raises(UsageError, match="cores wanted"):
-        open_device("local:cores=9999")
-
-
-def test_one_core_is_one_core(encoder_folder: Path) -> None:
-    """The worker holds itself to one logical processor; its own process only."""
-    before = os.sched_getaffinity(0)
-    device = open_device("local:cores=1")
-    assert device.threads() == 1
-    answers = Answers()
-    job = Job(str(encoder_folder), "encoder", 1, samples=1, warmup=0, min_sample_s=0.0, sentences=("a b",))
-    finished = device.measure(job, timeout_s=60, on_line=lambda line: answers.take(line, job))
-    assert finished.ok, finished.stderr
-    assert answers.done
-    assert os.sched_getaffinity(0) == before
-    code = (
-        "import os, edgec.bench.worker as w; from edgec.bench.jobs import Job; "
-        "w._hold_back(Job('x', 'encoder', 1, cores=1)); print(len(os.sched_getaffinity(0)))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "1"
-    assert len(one_per_core(before)) <= len(before)
-
-
-def test_too_little_memory_fails_the_row_and_says_so(encoder_folder: Path) -> None:
-    held = run_bench([Contestant("a", encoder_folder)], QUICK, device=open_device("local:ram=8GB"))
-    assert "held to 8000 MB of private memory" in held[0].notes[0]
-    with pytest.raises(BenchError, match="nothing could be measured"):
-        run_bench([Contestant("a", encoder_folder)], QUICK, device=open_device("local:ram=2MB"))
 
 
 # Names and quoting
@@ -96,6 +49,15 @@ def test_too_little_memory_fails_the_row_and_says_so(encoder_folder: Path) -> No
 def test_what_is_no_host_is_refused(name: str) -> None:
     with pytest.raises(UsageError, match="expected ssh:"):
         open_device(f"ssh:{name}")
+
+
+def test_folders_that_a_device_may_be_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EDGEC_SSH_TMP", "/data/data/com.termux/files/usr/tmp")
+    assert ssh.create("phone:8022")._temporary == "/data/data/com.termux/files/usr/tmp"
+    for bad in ("tmp", "/", "/tmp/../etc", "/tmp;id", "/tmp/$(id)", "~"):
+        monkeypatch.setenv("EDGEC_SSH_TMP", bad)
+        with pytest.raises(UsageError, match="EDGEC_SSH_TMP"):
+            ssh.create("phone")
 
 
 def test_hosts_as_people_type_them() -> None:
@@ -166,7 +128,7 @@ def test_a_remote_machine_measures(far: Path, encoder_folder: Path, tmp_path: Pa
     assert all(row.metrics["items_s"].value > 0 for row in rows)
     assert not any("failed" in note or "incomplete" in note for row in rows for note in row.notes)
     folder = Path(device._folder)
-    assert sorted(p.name for p in folder.iterdir()) == ["artifact0", "artifact1", "edgec"]
+    assert sorted(p.name for p in folder.iterdir()) == ["artifact0", "artifact1", "edgec", "worker.pid"]
     device.close()
     assert not folder.exists()
     for line in (tmp_path / "log").read_text().splitlines():
@@ -217,6 +179,67 @@ def test_a_disconnect_keeps_the_samples(tmp_path: Path, monkeypatch: pytest.Monk
     device.close()
     assert rows[0].metrics["items_s"].value > 0
     assert any(n.startswith("incomplete") and "Connection closed" in n and "1 of 2" in n for n in rows[0].notes)
+
+
+# A worker that was given up on
+
+_STUCK = """#!/bin/sh
+case "$*" in
+    *edgec.bench.worker*) echo $$ > {pid}; exec {python} -c 'import time; time.sleep(100)' edgec.bench.worker;;
+    *) exec {python} "$@";;
+esac
+"""
+
+
+def _gone(pid: int) -> bool:
+    """Whether the process has ended, or does within some seconds."""
+    for _ in range(100):
+        state = Path(f"/proc/{pid}/stat")
+        if not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z":
+            return True
+        time.sleep(0.1)
+    return False
+
+
+@pytest.mark.skipif(sys.platform != "linux" or shutil.which("setsid") is None, reason="reads /proc, needs setsid")
+@pytest.mark.parametrize("hidden", [[], ["timeout"]])
+def test_a_worker_that_hangs_is_ended_there_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoder_folder: Path, hidden: list[str]
+) -> None:
+    """The far side runs in a session of its own, as behind a real line: our killing the client does not reach it."""
+    far_side = 'exec setsid sh -c "$1"'
+    if hidden:  # a machine without `timeout`, as a Mac
+        tools = tmp_path / "tools"
+        tools.mkdir()
+        for name in ("sh", "env", "mktemp", "rm", "cat", "tr", "ps", "kill", "sleep"):
+            if found := shutil.which(name):
+                (tools / name).symlink_to(found)
+        far_side = f'PATH={tools} exec {shutil.which("setsid")} sh -c "$1"'
+    _stand_in(tmp_path, monkeypatch, trouble=far_side)
+    python = tmp_path / "python"
+    python.write_text(_STUCK.format(pid=tmp_path / "stuck.pid", python=sys.executable))
+    python.chmod(stat.S_IRWXU)
+    monkeypatch.setenv("EDGEC_SSH_PYTHON", str(python))
+    device = ssh.create("far")
+    job = Job(str(encoder_folder), "encoder", 1, sentences=("a",))
+    finished = device.measure(job, timeout_s=2, on_line=lambda line: True)
+    assert finished.stopped == "timeout"
+    assert _gone(int((tmp_path / "stuck.pid").read_text()))
+    device.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_another_program_with_the_same_number_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoder_folder: Path
+) -> None:
+    _stand_in(tmp_path, monkeypatch)
+    device = ssh.create("far")
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as other:
+        (Path(device._home()) / "worker.pid").write_text(str(other.pid))
+        device._end(f"{device._home()}/worker.pid")
+        assert other.poll() is None
+        other.kill()
+    device.close()
 
 
 # A real server on this machine
@@ -287,3 +310,17 @@ def test_a_real_server_that_does_not_know_us(server: str, monkeypatch: pytest.Mo
     monkeypatch.setenv("EDGEC_SSH_CONFIG", str(tmp_path / "config"))
     with pytest.raises(BenchError, match="Permission denied"):
         ssh.create(server).describe()
+
+
+def test_a_real_server_ends_a_worker_that_hangs(
+    server: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, encoder_folder: Path
+) -> None:
+    python = tmp_path / "python"
+    python.write_text(_STUCK.format(pid=tmp_path / "stuck.pid", python=sys.executable))
+    python.chmod(stat.S_IRWXU)
+    monkeypatch.setenv("EDGEC_SSH_PYTHON", str(python))
+    device = ssh.create(server)
+    job = Job(str(encoder_folder), "encoder", 1, sentences=("a",))
+    assert device.measure(job, timeout_s=3, on_line=lambda line: True).stopped == "timeout"
+    assert _gone(int((tmp_path / "stuck.pid").read_text()))
+    device.close()
