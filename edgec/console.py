@@ -357,5 +357,6 @@ def print_targets(out: Console, chosen: Sequence[Target], *, full: bool) -> None
 def print_findings(out: Console, findings: Sequence[Any]) -> None:
     shown = table("check", "", "detail")
     for finding in findings:
-        shown.add_row(finding.check, "[green]ok[/]" if finding.ok else "[red]fails[/]", safe(finding.detail))
+        state = "[green]ok[/]" if finding.ok else "[red]fails[/]"
+        shown.add_row(finding.check, "[dim]absent[/]" if finding.optional else state, safe(finding.detail))
     out.print(shown)

@@ -173,11 +173,12 @@ def _totals(plan: Plan) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of `edgec doctor`."""
+    """One line of `edgec doctor`. optional: something that is absent and that most people do without; no failure."""
 
     check: str
     ok: bool
     detail: str
+    optional: bool = False
 
 
 def doctor(progress: Callable[[str, int, int], None]) -> list[Finding]:
@@ -191,7 +192,9 @@ def doctor(progress: Callable[[str, int, int], None]) -> list[Finding]:
     ]
     for kind in kinds():
         if kind != "local":  # another machine is optional: what it lacks is told, and no failure
-            findings.append(Finding(f"device {kind}", True, "; ".join(file(kind).needs()) or "ready"))
+            missing = file(kind).needs()
+            told = "needs " + "; ".join(missing) if missing else f"ready: --device {file(kind).USAGE}"
+            findings.append(Finding(f"device {kind}", True, told, optional=bool(missing)))
     for name in ("torch", "transformers", "optimum", "onnx", "onnxruntime", "onnxruntime-genai", "safetensors"):
         try:
             findings.append(Finding(name, True, importlib.metadata.version(name)))

@@ -223,14 +223,22 @@ def test_doctor_finds_this_installation_well(capsys: pytest.CaptureFixture[str])
     found = {entry["check"]: entry for entry in _json(invoke(capsys, "doctor", "--json"))}
     assert found["export and run"]["ok"], found
     assert found["torch"]["ok"]
+    for kind in ("ssh", "adb", "browser", "qemu-arm64"):  # absent or not, each kind is told and none is a failure
+        entry = found[f"device {kind}"]
+        assert entry["ok"] and entry["detail"].startswith("needs " if entry["absent"] else "ready: --device ")
 
 
 def test_doctor_says_what_fails(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    findings = [Finding("torch", True, "2"), Finding("disk", False, "0.1 GB [free]")]
+    findings = [
+        Finding("torch", True, "2"),
+        Finding("disk", False, "0.1 GB [free]"),
+        Finding("device adb", True, "needs adb", optional=True),
+    ]
     monkeypatch.setattr("edgec.inspection.doctor", lambda progress: findings)
     said = invoke(capsys, "doctor")
     assert said.code == 1
     assert "disk" in said.out and "fails" in said.out and "0.1 GB [free]" in said.out
+    assert "absent" in said.out and "needs adb" in said.out
 
 
 def test_tables_put_text_left_and_numbers_right() -> None:

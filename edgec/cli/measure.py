@@ -121,7 +121,7 @@ def bench(
     sts: Annotated[Path | None, typer.Option(help="STS-Benchmark file: Spearman beside the speed")] = None,
     calibration: Calibration = None,
     threads: Annotated[int, typer.Option(help="0: all physical cores")] = 0,
-    device: Annotated[str, typer.Option(help="where to measure: local, ssh:[user@]host[:port]")] = "local",
+    device: Annotated[str, typer.Option(help="where to measure; `edgec doctor` lists the kinds")] = "local",
     cores: Annotated[int, typer.Option(min=0, help="local: physical cores to run on; 0: all")] = 0,
     ram_limit: Annotated[str | None, typer.Option("--ram-limit", help="local: private memory, 512MB, 2GB")] = None,
     kv_cache: Annotated[

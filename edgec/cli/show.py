@@ -51,13 +51,14 @@ def targets(
 
 @app.command()
 def doctor(as_json: Json = False) -> None:
-    """Check this installation: versions, runtimes, CPU features, memory, disk, and a tiny model end to end."""
+    """Check this installation: versions, devices and what they need, memory, disk, and a tiny model end to end."""
     from edgec import inspection
 
     with console.progress() as bars:
         findings = inspection.doctor(bars)
     if as_json:
-        print(json.dumps([{"check": f.check, "ok": f.ok, "detail": f.detail} for f in findings]))
+        fields = [{"check": f.check, "ok": f.ok, "detail": f.detail, "absent": f.optional} for f in findings]
+        print(json.dumps(fields))
     else:
         console.print_findings(out, findings)
     if not all(f.ok for f in findings):

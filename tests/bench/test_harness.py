@@ -207,6 +207,6 @@ def test_a_device_whose_times_mean_nothing_gives_memory_and_remarks(contestants:
 
 
 def test_endless_remarks_end_the_worker(contestants: list[Contestant]) -> None:
-    device = ScriptedDevice({"a": constant(script(10.0, tail="while True: print('{\"event\": \"remark\"}')"))})
+    device = ScriptedDevice({"a": constant(script(10.0, tail='while True: print(\'{"event": "remark"}\')'))})
     (row,) = run_bench(contestants[:1], QUICK, device=device)
     assert any("more than 16 remarks" in note for note in row.notes)

@@ -2,6 +2,7 @@
 
 A device file sets `PLUGIN = True` and defines
 
+    USAGE: str                          how a person names one, e.g. "ssh:[user@]host[:port]"
     create(argument: str) -> Device     `argument` is what follows the colon of "ssh:user@host"; "" without one
     needs() -> tuple[str, ...]          what is missing here for this kind of device, one line each; () when ready
 
@@ -56,6 +57,8 @@ class Device(Protocol):
 
 class DeviceFile(Protocol):
     """What a file in this folder defines at module level."""
+
+    USAGE: str
 
     def create(self, argument: str) -> Device: ...
     def needs(self) -> tuple[str, ...]: ...

@@ -20,6 +20,7 @@ from edgec.bench.devices._line import LineDevice
 from edgec.errors import UsageError
 
 PLUGIN = True
+USAGE = "adb:SERIAL"
 
 _SERIAL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,99}")
 

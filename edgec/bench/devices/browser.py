@@ -36,6 +36,7 @@ from edgec.runtime.options import physical_cores
 from edgec.subprocesses import Finished, run
 
 PLUGIN = True
+USAGE = "browser:FOLDER of onnxruntime-web"
 
 _FOLDER_VARIABLE, _BROWSER_VARIABLE = "EDGEC_ORT_WEB", "EDGEC_BROWSER"
 _BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")

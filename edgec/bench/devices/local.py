@@ -21,6 +21,7 @@ from edgec.runtime.options import physical_cores
 from edgec.subprocesses import Finished, run
 
 PLUGIN = True
+USAGE = "local, local:cores=2,ram=2GB"
 
 
 def create(argument: str) -> LocalDevice:

@@ -31,6 +31,7 @@ from edgec.errors import BenchError, EdgecError, UsageError
 from edgec.subprocesses import Finished, run
 
 PLUGIN = True
+USAGE = "qemu-arm64:ROOT[,cpu=max]"
 
 _ARGUMENT = re.compile(r"(?P<root>.*?)(?:,cpu=(?P<cpu>[^,]*))?", re.DOTALL)
 _ROOT_VARIABLE = "EDGEC_ARM64_ROOT"

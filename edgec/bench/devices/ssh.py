@@ -21,6 +21,7 @@ from edgec.bench.devices._line import LineDevice
 from edgec.errors import UsageError
 
 PLUGIN = True
+USAGE = "ssh:[user@]host[:port]"
 
 _TARGET = re.compile(
     r"(?:(?P<user>[A-Za-z0-9_][A-Za-z0-9_.-]{0,63})@)?"
