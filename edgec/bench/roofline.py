@@ -89,7 +89,7 @@ def read_bytes_s(threads: int, buffer_bytes: int = BUFFER_BYTES) -> float:
     # From the first to begin to the last to end, by the readers' own clocks: another thread wakes late, and would call
     # a pass shorter than it was.
     longest = [max(e for _, e in one) - min(b for b, _ in one) for one in zip(*spans, strict=True)]
-    return 8 * share * threads / min(longest)
+    return float(8 * share * threads / min(longest))
 
 
 def _product_seconds(path: Path, threads: int) -> float | None:

@@ -1,0 +1,1 @@
+"""What the browser device serves: a page and the worker in it. No Python here."""
