@@ -102,7 +102,10 @@ def bench(
     ] = None,
     baseline: Annotated[
         list[str] | None,
-        typer.Option(help="dense peers made by other tools: fp32, int8, int4, q8_0, q4_k_m, q4_0 (repeat the option)"),
+        typer.Option(
+            help="dense peers made by other tools: fp32, int4, torch-eager, torch-compile, optimum; encoders: int8; "
+            "causal LMs: q8_0, q4_k_m, q4_0 (repeat the option)"
+        ),
     ] = None,
     shape: Annotated[
         str | None, typer.Option(help="random weights instead of a model: llama-3.2-1b, llama-300m")
