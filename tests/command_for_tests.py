@@ -44,6 +44,12 @@ def invoke(capsys: pytest.CaptureFixture[str], *words: str | Path) -> Said:
 
 def start(*words: str | Path, prepare: Callable[[], None] | None = None, **environment: str) -> subprocess.Popen[str]:
     """`edgec words...` in a process of its own, without a terminal and offline."""
+
+    def begin() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # ignored by whatever a shell runs in the background
+        if prepare:
+            prepare()
+
     settings: dict[str, Any] = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment}
     return subprocess.Popen(
         [sys.executable, "-m", "edgec", *map(str, words)],
@@ -52,7 +58,7 @@ def start(*words: str | Path, prepare: Callable[[], None] | None = None, **envir
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | settings,
-        preexec_fn=prepare,
+        preexec_fn=begin,
     )
 
 

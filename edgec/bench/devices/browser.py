@@ -25,8 +25,8 @@ from pathlib import Path
 
 import psutil
 
+from edgec.bench.browser_job import PageJob, page_job
 from edgec.bench.devices._agreement import compared, read_answer
-from edgec.bench.devices._browser_job import PageJob, page_job
 from edgec.bench.devices._browser_server import PageServer, Route
 from edgec.bench.devices.local import create as local
 from edgec.bench.devices.local import worker_environment

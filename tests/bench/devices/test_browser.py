@@ -17,8 +17,8 @@ from typing import Any
 import onnx
 import pytest
 
+from edgec.bench.browser_job import page_job
 from edgec.bench.devices import browser, file, open_device
-from edgec.bench.devices._browser_job import page_job
 from edgec.bench.devices._browser_server import PageServer
 from edgec.bench.harness import BenchSettings, Contestant, run_bench
 from edgec.bench.jobs import Job

@@ -1,6 +1,7 @@
 """Turns a job into what the page needs: token ids, the graph's own names and types, the files to serve.
 
-Everything is read here, on the host: the page gets numbers and file names and has no tokenizer and no ONNX reader.
+Everything is read here, on the host, by the browser device: the page gets numbers and file names and has no tokenizer
+and no ONNX reader. Not among the devices, because those import nothing that a device lacks, and this reads a graph.
 """
 
 from __future__ import annotations
