@@ -47,7 +47,11 @@ FIGURES: Mapping[str, tuple[str, str]] = {
     ),
     "headlines": ("The sources' headlines", "python -m runtime_tests.frontier headlines --heal 600steps"),
     "streaming": ("Compression of models too large to hold", "python -m runtime_tests.streaming"),
-    "shape-1b": ("Llama 3.2 1B shape on onnxruntime", "edgec bench --shape llama-3.2-1b --rounds 3"),
+    "shape-1b": (
+        "Llama 3.2 1B shape, random weights: both runtimes against dense peers",
+        "edgec bench --shape llama-3.2-1b --target onnx-x64 --target gguf-factored --baseline int4 --baseline q4_0 "
+        "--baseline q4_k_m --baseline q8_0 --rounds 3",
+    ),
     "ggml": (
         "Factored and dense GGUF files, random weights, against llama.cpp",
         "python -m runtime_tests.ggml.figures --threads 2 --rounds 3",
