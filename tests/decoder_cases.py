@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from edgec.export.onnx.decoder import DecoderGraph, write_runtime_files
+from edgec.runtime.layout import FIRST_LOGITS
 
 ASSETS = Path(os.environ.get("EDGEC_ASSETS", Path(__file__).parents[1] / "../shared/assets"))
 AUTO: Any = transformers.AutoModelForCausalLM
@@ -189,6 +190,7 @@ class Decoder:
         self.session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
         settings = json.loads((folder / "genai_config.json").read_text())["model"]["decoder"]
         self.inputs = {value.name for value in self.session.get_inputs()}
+        self.every_position = {FIRST_LOGITS: np.zeros(1, np.int64)}
         self.past, self.batch = 0, batch
         empty = np.zeros((batch, settings["num_key_value_heads"], 0, settings["head_size"]), np.float32)
         self.cache = {name: empty for name in self.inputs if name.startswith("past_key_values")}
@@ -197,6 +199,7 @@ class Decoder:
         """ids [batch, n] → logits [batch, n, vocabulary]."""
         end = self.past + ids.shape[1]
         feed = {"input_ids": ids, "attention_mask": np.ones((self.batch, end), np.int64), **self.cache}
+        feed.update(self.every_position)
         if "position_ids" in self.inputs:
             feed["position_ids"] = np.tile(np.arange(self.past, end), (self.batch, 1))
         names = [value.name for value in self.session.get_outputs()]

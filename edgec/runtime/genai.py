@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from edgec.errors import CheckpointError
 from edgec.runtime.interfaces import CAUSAL_LM, Floats, Ids, Piece
@@ -109,18 +110,23 @@ class GenaiModel:
             yield int(generator.get_next_tokens()[0])
 
     def logits(self, ids: Ids) -> Floats:
-        """Token ids [1, T] or [T] → logits [T, V] float32 of every position, in one prefill."""
+        """Token ids [1, T] or [T] → logits [T, V] float32 of every position, as genai computes them.
+
+        One prefill where the graph gives all positions. Heads that see the last one only, as edgec's do here, are fed
+        token by token: `OrtDecoder` has those graphs' logits in fewer runs.
+        """
         flat = np.asarray(ids).reshape(-1)
         check_prompt([int(i) for i in flat], 1, self.context_length, self.vocab_size)
+        whole = self._appended(self._generator(len(flat) + 1, do_sample=False), flat)
+        if len(whole) == len(flat):
+            return whole
         generator = self._generator(len(flat) + 1, do_sample=False)
-        generator.append_tokens(flat.astype(np.int32))
-        result: Floats = np.asarray(generator.get_output("logits"), dtype=np.float32)[0]
-        if result.shape[0] != len(flat):
-            raise CheckpointError(
-                f"{self.folder} returns logits of {result.shape[0]} of {len(flat)} positions (its head is pruned); "
-                "export it without prune_lm_head to evaluate it"
-            )
-        return result
+        return np.concatenate([self._appended(generator, flat[i : i + 1]) for i in range(len(flat))])
+
+    def _appended(self, generator: Any, ids: NDArray[np.int64]) -> Floats:
+        generator.append_tokens(ids.astype(np.int32))
+        logits: Floats = np.asarray(generator.get_output("logits"), dtype=np.float32)[0]
+        return logits.copy()
 
     def _generator(self, total: int, **options: Any) -> Any:
         params = self._og.GeneratorParams(self._model)

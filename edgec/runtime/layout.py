@@ -9,6 +9,10 @@ from typing import Any
 from edgec import limits
 from edgec.errors import CheckpointError
 
+FIRST_LOGITS = "edgec.first_logits"
+"""Input with a default of the decoder graphs that edgec exports, int64 [1]: the first position whose logits are computed.
+Left out, only the last one's are, which is all that generating needs; 0 gives those of every position."""
+
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file. Raises CheckpointError for a missing, oversized or malformed one."""

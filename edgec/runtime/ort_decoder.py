@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from edgec.errors import CheckpointError, NumericsError, UsageError
 from edgec.runtime.interfaces import CAUSAL_LM, Floats, Ids
-from edgec.runtime.layout import inside, read_json, whole_number
+from edgec.runtime.layout import FIRST_LOGITS, inside, read_json, whole_number
 from edgec.runtime.options import RuntimeOptions, import_onnxruntime, refuse_kv_cache, session_options
 
 _DTYPES: dict[str, Any] = {
@@ -68,6 +68,7 @@ class OrtDecoder:
         self._types = {i.name: _DTYPES.get(i.type) for i in self.session.get_inputs()}
         self._names = {k: str(v) for part in ("inputs", "outputs") for k, v in dict(decoder.get(part) or {}).items()}
         self._logits = self._names.get("logits", "logits")
+        self._selects = FIRST_LOGITS in {i.name for i in self.session.get_overridable_initializers()}
         self.caches = self._find_caches(decoder, path)
         plain = {self._names.get(n, n) for n in ("input_ids", "attention_mask", "position_ids")}
         if unknown := sorted(set(self._types) - plain - {c.past for c in self.caches}):
@@ -94,14 +95,21 @@ class OrtDecoder:
         return np.concatenate(parts, axis=0)
 
     def logits_chunks(self, ids: Ids, chunk: int = 128) -> Iterator[Floats]:
-        """The same as an iterator of [≤ chunk, V], for vocabularies whose full [T, V] would not fit in memory."""
+        """The same as an iterator of [≤ chunk, V], for vocabularies whose full [T, V] would not fit in memory.
+
+        A graph of other tools whose head sees the last position only is run a token at a time.
+        """
         flat = self._checked(ids)
         if chunk < 1:
             raise UsageError(f"chunk must be at least 1 token, got {chunk}")
-        cache = self._empty_cache()
-        for start in range(0, len(flat), chunk):
-            values, cache = self._step(flat[start : start + chunk], start, cache)
+        cache, start = self._empty_cache(), 0
+        while start < len(flat):
+            values, grown = self._step(flat[start : start + chunk], start, cache)
+            if len(values) == 1 < len(flat[start : start + chunk]):
+                chunk = 1
+                continue
             yield values
+            start, cache = start + len(values), grown
 
     def greedy(self, ids: Ids, new_tokens: int) -> list[int]:
         """The `new_tokens` most likely tokens after `ids`, one at a time; the end of text is not special."""
@@ -124,13 +132,18 @@ class OrtDecoder:
         return {c.past: make(np.zeros((1, c.heads, 0, c.size), dtype=c.dtype)) for c in self.caches}
 
     def _step(self, ids: Ids, past: int, cache: dict[str, Any]) -> tuple[Floats, dict[str, Any]]:
-        """ids [t] after `past` cached positions → logits [t, V] and the cache of past + t positions."""
+        """ids [t] after `past` cached positions → logits and the cache of past + t positions.
+
+        Logits are [t, V], or [1, V], the last position's, where the graph can give no others.
+        """
         plain: dict[str, NDArray[Any]] = {
             "input_ids": ids[None, :],
             "attention_mask": np.ones((1, past + len(ids)), dtype=np.int64),
             "position_ids": np.arange(past, past + len(ids), dtype=np.int64)[None, :],
         }
         feeds = dict(cache)
+        if self._selects:
+            feeds[FIRST_LOGITS] = self._ort.OrtValue.ortvalue_from_numpy(np.zeros(1, np.int64))
         for key, value in plain.items():
             name = self._names.get(key, key)
             if name in self._types:
@@ -138,7 +151,7 @@ class OrtDecoder:
                 feeds[name] = self._ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value, dtype=dtype))
         outputs = self.session.run_with_ort_values([self._logits, *(c.present for c in self.caches)], feeds)
         values = np.asarray(outputs[0].numpy(), dtype=np.float32)[0]
-        if values.shape[0] != len(ids):
+        if values.shape[0] not in (1, len(ids)):
             raise CheckpointError(f"{self.folder} returns logits of {values.shape[0]} of {len(ids)} positions")
         if not np.isfinite(values).all():
             raise NumericsError(f"{self.folder} answered NaN or Inf at position {past} or later")

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 import torch
 import transformers
@@ -26,6 +27,7 @@ from edgec.export.onnx.decoder_support import FAMILIES, architecture, check_supp
 from edgec.export.onnx.genai_builder import builders, patched, printing_to_log, small_tensors_to_fp32
 from edgec.export.onnx.graph import DenseGraph
 from edgec.export.onnx.rotary import context_limit
+from edgec.runtime.layout import FIRST_LOGITS
 
 _log = logging.getLogger(__name__)
 
@@ -42,8 +44,9 @@ class DecoderGraph(DenseGraph):
 
     Graph inputs: input_ids [batch, sequence] int64, attention_mask [batch, past + sequence] int64, position_ids
     [batch, sequence] int64 (only where head_dim is no multiple of 16), past_key_values.{i}.{key,value}
-    [batch, kv_heads, past, head_dim] fp32. Outputs: logits [batch, sequence, vocab] fp32, present.{i}.{key,value}.
-    The head's MatMul may produce the graph output "logits" itself: replace its output there too.
+    [batch, kv_heads, past, head_dim] fp32, and FIRST_LOGITS with its default, see `select_positions`. Outputs: logits
+    [batch, 1 or as many as asked for, vocab] fp32, present.{i}.{key,value}. The head's MatMul may produce the graph
+    output "logits" itself: replace its output there too.
 
     head, embedding: module names, such as "lm_head" and "model.embed_tokens". tied: whether they are one table; the two
         nodes have separate initialisers over the same memory ([d, V] and [V, d]), see `share_tied_table`.
@@ -82,6 +85,7 @@ def build_decoder(model_folder: Path, work: Path, *, context_length: int | None 
     head, embedding = (
         _module_name(model, module) for module in (model.get_output_embeddings(), model.get_input_embeddings())
     )
+    select_positions(genai.model, linears[head])
     return DecoderGraph(
         model=genai.model,
         linears=linears,
@@ -116,6 +120,39 @@ def write_runtime_files(graph: DecoderGraph, out: Path) -> None:
     text = json.dumps(graph.genai_config, indent=2, ensure_ascii=False)
     (out / "genai_config.json").write_text(text + "\n", encoding="utf-8")
     write_tokenizer(graph.source, graph.context_length, out)
+
+
+def select_positions(model: ir.Model, head: ir.Node) -> None:
+    """Give the head the last position only, or as many as the input FIRST_LOGITS asks for.
+
+    A prompt's other logits are of no use to who generates, and they are large: 128 tokens of a vocabulary of 128,256 are
+    66 MB, and the head is a tenth to a third of a prompt's work. onnxruntime-genai's builder can prune its heads for
+    good (`prune_lm_head`), which leaves a graph that nobody can evaluate but token by token. Here the Slice starts at an
+    initialiser that is also an input (ONNX's "default value"): runtimes that do not know it never see it, and
+    `OrtDecoder` sets it to 0. genai reads from the declared shape, [batch, 1, vocab], that a head is pruned.
+    """
+    (hidden, _), node_graph = head.inputs, head.graph
+    if hidden is None or node_graph is None:
+        raise ExportError("mapping nodes to modules: the head has lost its input")
+    first, last, axis = (
+        ir.Value(name=name, type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([1]), const_value=_one(value, name))
+        for name, value in ((FIRST_LOGITS, -1), ("edgec.last_logits", np.iinfo(np.int64).max), ("edgec.logits_axis", 1))
+    )
+    for value in (first, last, axis):
+        model.graph.register_initializer(value)
+    model.graph.inputs.append(first)
+    selected = ir.Value(name="edgec.selected", type=hidden.type)
+    node = ir.node("Slice", [hidden, first, last, axis], outputs=[selected], name="edgec.select_positions")
+    node_graph.insert_before(head, node)
+    head.replace_input_with(0, selected)
+    logits = next(value for value in model.graph.outputs if value.name == "logits")
+    if logits.shape is None:
+        raise ExportError("the builder's graph does not say what shape its logits have")
+    logits.shape = ir.Shape([logits.shape[0], 1, logits.shape[2]])
+
+
+def _one(value: int, name: str) -> ir.Tensor:
+    return ir.tensor(np.array([value], np.int64), name=name)
 
 
 def share_tied_table(graph: DecoderGraph) -> bool:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import onnxruntime_genai as og  # type: ignore[import-untyped]
 import pytest
@@ -35,6 +37,9 @@ from safetensors.torch import load_file
 from edgec.errors import ExportError, UsageError
 from edgec.export.onnx import decoder, genai_builder
 from edgec.export.onnx.decoder import build_decoder, share_tied_table
+from edgec.runtime.genai import GenaiModel
+from edgec.runtime.layout import FIRST_LOGITS
+from edgec.runtime.ort_decoder import OrtDecoder
 
 
 @pytest.mark.parametrize("name", [*FAMILIES, *VARIANTS])
@@ -49,6 +54,28 @@ def test_genai_generates_what_torch_does(name: str, export: Callable[[str], Expo
     tokens = generate(exported.folder, prompt, 20)
     assert tokens == torch_greedy(exported.model, prompt, len(tokens))
     assert len(tokens) == 20 or tokens[-1] == 2
+
+
+def test_only_the_last_logits_are_computed_unless_others_are_asked_for(
+    export: Callable[[str], Exported], tmp_path: Path
+) -> None:
+    folder = export("llama").folder
+    ids = np.arange(3, 30)
+    whole = OrtDecoder(folder).logits(ids)
+    assert whole.shape == (27, VOCABULARY)
+    plain = Decoder(folder, 1)
+    plain.every_position = {}
+    last = plain(ids[None])
+    assert last.shape == (1, 1, VOCABULARY)
+    np.testing.assert_allclose(last[0, 0], whole[-1], atol=1e-5)
+    np.testing.assert_allclose(GenaiModel(folder).logits(ids), whole, atol=1e-4)
+    # As other tools prune: nobody can ask for more. Such graphs are run token by token.
+    shutil.copytree(folder, tmp_path / "pruned")
+    proto = onnx.load(tmp_path / "pruned" / "model.onnx", load_external_data=False)
+    proto.graph.input.remove(next(value for value in proto.graph.input if value.name == FIRST_LOGITS))
+    (tmp_path / "pruned" / "model.onnx").write_bytes(proto.SerializeToString())
+    np.testing.assert_allclose(OrtDecoder(tmp_path / "pruned").logits(ids), whole, atol=1e-4)
+    assert OrtDecoder(tmp_path / "pruned").greedy(ids, 5) == OrtDecoder(folder).greedy(ids, 5)
 
 
 @pytest.mark.parametrize("name", IN_GENAI)
