@@ -224,9 +224,6 @@ def print_bench(out: Console, rows: Sequence[Measurement], costs: Sequence[Any],
         sys.stdout.write(json.dumps(body) + "\n")
         return
     out.print(measurement_table(rows))
-    for row in rows:
-        for note in row.notes:
-            line(out, f"{row.contestant}: {note}", dim=True)
     for cost in costs:
         line(out, f"export of {cost.name}: {cost.seconds:.0f} s, peak memory {size(cost.peak_rss_bytes)}")
     if len(rows) == 2 and all(row.metrics for row in rows):

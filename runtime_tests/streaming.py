@@ -128,7 +128,7 @@ def main() -> None:
                 peaks.append(found["peak"])
             elif not whole and found["peak"] > BUDGET_BYTES:
                 raise SystemExit(f"{shape}: {found['peak'] / 1e9:.2f} GB at the peak, at most {BUDGET_BYTES / 1e9:.0f}")
-    Console().print(table)
+    Console(width=100).print(table)
     if len(peaks) > 1 and peaks[-1] > GROWTH * peaks[0]:
         raise SystemExit(f"peak memory grew with the model: {peaks[0] / 1e9:.2f} → {peaks[-1] / 1e9:.2f} GB")
 

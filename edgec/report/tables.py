@@ -24,7 +24,7 @@ JSON_VERSION = 1
 
 def measurement_table(measurements: Sequence[Measurement], title: str = "") -> Table:
     """One row per contestant: size, quality, the metrics that were measured, medians with ± half their spread."""
-    metrics = text.shown_metrics(measurements)
+    metrics = [metric for metric in text.shown_metrics(measurements) if metric.in_terminal]
     table = _table(title)
     table.add_column("contestant", overflow="fold", min_width=10, max_width=24)
     table.add_column("size", justify="right", no_wrap=True)

@@ -14,7 +14,10 @@ _MAX_NAME = 160
 
 @dataclass(frozen=True)
 class Metric:
-    """How one metric is shown. scale: shown value = stored value × scale. higher_is_better: None for neither."""
+    """How one metric is shown. scale: shown value = stored value × scale. higher_is_better: None for neither.
+
+    in_terminal: has it a column in a terminal's 100, or only in documents?
+    """
 
     key: str
     label: str
@@ -22,12 +25,15 @@ class Metric:
     scale: float = 1.0
     higher_is_better: bool | None = None
     is_bytes: bool = False
+    in_terminal: bool = True
 
 
 METRICS: tuple[Metric, ...] = (
     Metric("items_s", "Sentences/s", "", higher_is_better=True),
     Metric("item_ms", "One sentence", "ms", higher_is_better=False),
+    Metric("item_p95_ms", "One sentence, 95 % within", "ms", higher_is_better=False, in_terminal=False),
     Metric("decode_tok_s", "Decode", "tok/s", higher_is_better=True),
+    Metric("step_p95_ms", "One token, 95 % within", "ms", higher_is_better=False, in_terminal=False),
     Metric("prefill_tok_s", "Prefill", "tok/s", higher_is_better=True),
     Metric("ttft_ms", "First token", "ms", higher_is_better=False),
     Metric("peak_rss_bytes", "Peak RAM", "", higher_is_better=False, is_bytes=True),
