@@ -46,11 +46,15 @@ setup:
 	echo "$$want" > .venv/.made-from
 
 # llama.cpp is compiled for some minutes, which `make demo` should not have to wait for. Where it cannot be compiled, the
-# tests of GGUF say that they are skipped, and the next run tries again.
+# tests of GGUF say that they are skipped, and the next run tries again. ggml's AMX code crashes when GCC 13 or older
+# compiled it (edgec/runtime/llama_cpp.py, `uses_amx`), so it is left out where there could be any.
 setup-gguf: setup
 	@set -eu; \
 	if [ "$$(cat .venv/.gguf-from 2> /dev/null || true)" = "$$(cat .venv/.made-from)" ]; then exit 0; fi; \
 	echo 'compiling llama.cpp into .venv/ (several minutes the first time)'; \
+	no_amx=-mno-amx-int8; \
+	if ! echo | $${CC:-cc} -Werror $$no_amx -E - > /dev/null 2>&1; then no_amx=; fi; \
+	export CFLAGS="$${CFLAGS:-} $$no_amx" CXXFLAGS="$${CXXFLAGS:-} $$no_amx"; \
 	if $(BIN)/python -m pip install --disable-pip-version-check --no-input --quiet \
 		$${TORCH_INDEX:+--extra-index-url "$$TORCH_INDEX"} -e '.[gguf]'; then \
 		cp .venv/.made-from .venv/.gguf-from; \

@@ -10,8 +10,8 @@ from edgec import limits
 from edgec.errors import CheckpointError
 
 FIRST_LOGITS = "edgec.first_logits"
-"""Input with a default of the decoder graphs that edgec exports, int64 [1]: the first position whose logits are computed.
-Left out, only the last one's are, which is all that generating needs; 0 gives those of every position."""
+"""Input with a default of the decoder graphs that edgec exports, int64 [1]: the first position whose logits are
+computed. Left out, only the last one's are, which is all that generating needs; 0 gives those of every position."""
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -35,6 +35,9 @@ _BATCH = 512
 """Most tokens in one call of the prefill [tokens]; llama.cpp's own default for its physical batch."""
 _LOGITS_CHUNK = 128
 """Tokens whose logits are kept at once [tokens]: a large vocabulary's would not fit for all."""
+
+_NO_AMX = "CFLAGS=-mno-amx-int8 CXXFLAGS=-mno-amx-int8"
+"""What leaves the AMX code out, for GCC and Clang on x86-64; the Makefile has the same."""
 _LEVELS = {3: logging.INFO, 4: logging.WARNING}
 """ggml's levels of warnings and errors; everything else is for debugging."""
 
@@ -321,9 +324,37 @@ def sampler_chain(lib: Any, sampling: dict[str, Any] | None, vocab_size: int) ->
     return chain
 
 
-def _open(lib: Any, path: Path, *, vocab_only: bool = False) -> Any:
+def model_params(lib: Any) -> Any:
+    """llama.cpp's own parameters for a model on the CPU, without what crashes there (`uses_amx`)."""
     params = lib.llama_model_default_params()
     params.n_gpu_layers = 0
+    if uses_amx(lib):
+        params.use_extra_bufts = False
+    return params
+
+
+@cache
+def uses_amx(lib: Any) -> bool:
+    """Would this build multiply with AMX on this machine? Says once what to do about it.
+
+    ggml's AMX code ends the process with a fault when it was compiled by GCC 13 or older, which drops the tile
+    configuration that is handed to an assembler statement by address, and on kernels that want each thread to ask for
+    tiles (both in ggml-org/llama.cpp pull request 26954, not in 0.3.36). Whether a build is sound can only be found by
+    trying it, so none is used.
+    """
+    found = b"AMX_INT8 = 1" in lib.llama_print_system_info()
+    if found:
+        logger.warning(
+            "this llama-cpp-python was compiled with AMX, which can crash; edgec leaves it and all repacked weights "
+            "out, which is slower. Compile it without: %s pip install --force-reinstall --no-cache-dir --no-deps "
+            "llama-cpp-python",
+            _NO_AMX,
+        )
+    return found
+
+
+def _open(lib: Any, path: Path, *, vocab_only: bool = False) -> Any:
+    params = model_params(lib)
     params.vocab_only = vocab_only
     model = lib.llama_model_load_from_file(str(path).encode(), params)
     if not model:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from edgec.runtime.llama_cpp import import_llama_cpp
+from edgec.runtime.llama_cpp import import_llama_cpp, model_params
 
 Floats = Any
 
@@ -62,8 +62,8 @@ class Theirs:
 
     def __init__(self, job: dict[str, Any]) -> None:
         self.lib = lib = import_llama_cpp()
-        params = lib.llama_model_default_params()
-        params.n_gpu_layers, params.use_mmap = 0, job["mmap"]
+        params = model_params(lib)
+        params.use_mmap = job["mmap"]
         self.model = lib.llama_model_load_from_file(str(job["file"]).encode(), params)
         settings = lib.llama_context_default_params()
         settings.n_ctx = -(-(job["prompt"] + job["new"]) // 256) * 256

@@ -23,7 +23,7 @@ from edgec.quantize import rtn
 from edgec.quantize.formats import CoreFormat
 from edgec.runtime.ggml import library
 from edgec.runtime.ggml.model import GgmlModel
-from edgec.runtime.llama_cpp import import_llama_cpp
+from edgec.runtime.llama_cpp import import_llama_cpp, model_params, uses_amx
 from edgec.runtime.options import RuntimeOptions
 
 SIZES: dict[str, Any] = {
@@ -89,8 +89,8 @@ class Reference:
 
     def __init__(self, path: Path, *, flash: bool, pack: bool, cache: int = library.F16) -> None:
         self.lib = lib = import_llama_cpp()
-        params = lib.llama_model_default_params()
-        params.use_extra_bufts, params.n_gpu_layers = pack, 0
+        params = model_params(lib)
+        params.use_extra_bufts = pack and not uses_amx(lib)
         self.model = lib.llama_model_load_from_file(str(path).encode(), params)
         assert self.model
         settings = lib.llama_context_default_params()

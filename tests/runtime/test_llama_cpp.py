@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from edgec.fit import fit
 from edgec.quantize.formats import LayerFormat
 from edgec.records import Spec
 from edgec.runtime import RuntimeOptions, llama_cpp, open_artifact
-from edgec.runtime.llama_cpp import LlamaCpp, Vocabulary
+from edgec.runtime.llama_cpp import LlamaCpp, Vocabulary, model_params
 
 pytest.importorskip("llama_cpp", reason="needs the extra edgec[gguf]")
 
@@ -177,3 +178,22 @@ def test_the_cache_may_be_q8_0(folder: Path, model: LlamaCpp) -> None:
     named, coarse = (LlamaCpp(folder, RuntimeOptions(1, kv_cache=kind)).logits(ids) for kind in ("f16", "q8_0"))
     np.testing.assert_array_equal(named, exact)
     assert 0 < np.abs(coarse - exact).max() < 0.1 * np.abs(exact).max()
+
+
+class _Build:
+    """In place of the llama_cpp module; hashable as modules are."""
+
+    def __init__(self, **functions: Any) -> None:
+        vars(self).update(functions)
+
+
+@pytest.mark.parametrize(("said", "packs"), [(b"AVX512 = 1 | AMX_INT8 = 1 | ", False), (b"AVX512 = 1 | ", True)])
+def test_a_build_with_amx_is_kept_from_using_it(said: bytes, packs: bool, caplog: pytest.LogCaptureFixture) -> None:
+    """It ends the process in most builds; nothing short of trying finds the sound ones."""
+    build = _Build(
+        llama_print_system_info=lambda: said,
+        llama_model_default_params=lambda: SimpleNamespace(use_extra_bufts=True, n_gpu_layers=-1),
+    )
+    params = model_params(build)
+    assert (params.use_extra_bufts, params.n_gpu_layers) == (packs, 0)
+    assert ("-mno-amx-int8" in caplog.text) == (not packs)

@@ -125,10 +125,10 @@ def write_runtime_files(graph: DecoderGraph, out: Path) -> None:
 def select_positions(model: ir.Model, head: ir.Node) -> None:
     """Give the head the last position only, or as many as the input FIRST_LOGITS asks for.
 
-    A prompt's other logits are of no use to who generates, and they are large: 128 tokens of a vocabulary of 128,256 are
-    66 MB, and the head is a tenth to a third of a prompt's work. onnxruntime-genai's builder can prune its heads for
-    good (`prune_lm_head`), which leaves a graph that nobody can evaluate but token by token. Here the Slice starts at an
-    initialiser that is also an input (ONNX's "default value"): runtimes that do not know it never see it, and
+    A prompt's other logits are of no use to who generates, and they are large: 128 tokens of a vocabulary of 128,256
+    are 66 MB, and the head is a tenth to a third of a prompt's work. onnxruntime-genai's builder can prune its heads
+    for good (`prune_lm_head`), which leaves a graph that nobody can evaluate but token by token. Here the Slice starts
+    at an initialiser that is also an input (ONNX's "default value"): runtimes that do not know it never see it, and
     `OrtDecoder` sets it to 0. genai reads from the declared shape, [batch, 1, vocab], that a head is pruned.
     """
     (hidden, _), node_graph = head.inputs, head.graph
@@ -151,7 +151,7 @@ def select_positions(model: ir.Model, head: ir.Node) -> None:
     logits.shape = ir.Shape([logits.shape[0], 1, logits.shape[2]])
 
 
-def _one(value: int, name: str) -> ir.Tensor:
+def _one(value: int, name: str) -> ir.TensorProtocol:
     return ir.tensor(np.array([value], np.int64), name=name)
 
 

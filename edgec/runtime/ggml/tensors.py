@@ -94,13 +94,15 @@ class Device:
             set_threads(self.backend, threads)
 
     def packed_memory(self) -> list[int]:
-        """Buffer types in which weights lie as the fastest kernels of this CPU read them, best first."""
+        """Buffer types in which weights lie as the fastest kernels of this CPU read them, best first; not AMX's, whose
+        kernels crash in most builds (`edgec.runtime.llama_cpp.uses_amx`).
+        """
         listed = self._procedure(b"ggml_backend_dev_get_extra_bufts", ctypes.POINTER(c_void_p), c_void_p)
         found: list[int] = []
         pointers = listed(self.device) if listed else None
         while pointers and pointers[len(found)]:
             found.append(pointers[len(found)])
-        return found
+        return [memory for memory in found if self.lib.backend_buft_name(memory) != b"AMX"]
 
     def takes_product(self, memory: int, kind: int, rows: int, columns: int) -> bool:
         """Can a weight [rows, columns] of this type in this memory be multiplied with?
