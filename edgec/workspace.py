@@ -33,7 +33,9 @@ from edgec.runtime import ort_encoder
 CALIBRATION_TOKENS = 32_768
 """Tokens that statistics are collected from [tokens]."""
 EVALUATION_TOKENS = 8_192
-"""Tokens that whole plans are compared on, and that quality is reported on [tokens]."""
+"""Tokens that quality is reported on [tokens]."""
+SEARCH_TOKENS = 8_192
+"""Tokens that whole plans are compared on [tokens]."""
 HEALING_TOKENS = 1_000_000
 """Most tokens of a split that healing learns from [tokens]."""
 HEALING_BATCH = 1024
@@ -138,7 +140,7 @@ class Workspace:
     @cached_property
     def search_batches(self) -> Batches:
         """What whole plans are compared on: text that taught nothing and that no figure is reported on."""
-        return self.batches("search", EVALUATION_TOKENS)
+        return self.batches("search", SEARCH_TOKENS)
 
     @cached_property
     def healing_batches(self) -> Batches:
