@@ -49,13 +49,14 @@ FIGURES: Mapping[str, tuple[str, str]] = {
     "streaming": ("Compression of models too large to hold", "python -m runtime_tests.streaming"),
     "shape-1b": (
         "Llama 3.2 1B shape, random weights: both runtimes against dense peers",
-        "edgec bench --shape llama-3.2-1b --target onnx-x64 --target gguf-factored --baseline int4 --baseline q4_0 "
-        "--baseline q4_k_m --baseline q8_0 --rounds 3",
+        "edgec bench --shape llama-3.2-1b --target onnx-x64 --target gguf-factored --baseline int4 "
+        "--baseline int4-pruned --baseline q4_0 --baseline q4_k_m --baseline q8_0 --rounds 3",
     ),
     "ggml": (
         "Factored and dense GGUF files, random weights, against llama.cpp",
         "python -m runtime_tests.ggml.figures --threads 2 --rounds 3",
     ),
+    "tensorly": ("One layer as a tensor train, beside TensorLy-Torch", "python -m runtime_tests.tensorly_layer"),
     "arm64": ("arm64 against x86-64", "python -m runtime_tests.arm64.figures"),
 }
 """Name → (heading, command). Commands without a shell's characters: they are split, not interpreted."""
