@@ -31,13 +31,13 @@ class Metric:
 METRICS: tuple[Metric, ...] = (
     Metric("items_s", "Sentences/s", "", higher_is_better=True),
     Metric("item_ms", "One sentence", "ms", higher_is_better=False),
-    Metric("item_p95_ms", "One sentence, 95 % within", "ms", higher_is_better=False, in_terminal=False),
     Metric("decode_tok_s", "Decode", "tok/s", higher_is_better=True),
-    Metric("step_p95_ms", "One token, 95 % within", "ms", higher_is_better=False, in_terminal=False),
     Metric("prefill_tok_s", "Prefill", "tok/s", higher_is_better=True),
     Metric("ttft_ms", "First token", "ms", higher_is_better=False),
     Metric("peak_rss_bytes", "Peak RAM", "", higher_is_better=False, is_bytes=True),
     Metric("load_s", "Load", "ms", scale=1e3, higher_is_better=False),
+    Metric("item_p95_ms", "One sentence, 95 % within", "ms", higher_is_better=False, in_terminal=False),
+    Metric("step_p95_ms", "One token, 95 % within", "ms", higher_is_better=False, in_terminal=False),
     Metric("joules_token", "Energy", "J/token", higher_is_better=False),
     Metric("joules_item", "Energy", "J/sentence", higher_is_better=False),
 )
