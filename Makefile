@@ -47,7 +47,8 @@ setup:
 
 # llama.cpp is compiled for some minutes, which `make demo` should not have to wait for. Where it cannot be compiled, the
 # tests of GGUF say that they are skipped, and the next run tries again. ggml's AMX code crashes when GCC 13 or older
-# compiled it (edgec/runtime/llama_cpp.py, `uses_amx`), so it is left out where there could be any.
+# compiled it (edgec/runtime/llama_cpp.py, `uses_amx`), so it is left out; where the machine has AMX, a wheel that pip
+# kept from an earlier compilation is not taken.
 setup-gguf: setup
 	@set -eu; \
 	if [ "$$(cat .venv/.gguf-from 2> /dev/null || true)" = "$$(cat .venv/.made-from)" ]; then exit 0; fi; \
@@ -55,7 +56,8 @@ setup-gguf: setup
 	no_amx=-mno-amx-int8; \
 	if ! echo | $${CC:-cc} -Werror $$no_amx -E - > /dev/null 2>&1; then no_amx=; fi; \
 	export CFLAGS="$${CFLAGS:-} $$no_amx" CXXFLAGS="$${CXXFLAGS:-} $$no_amx"; \
-	if $(BIN)/python -m pip install --disable-pip-version-check --no-input --quiet \
+	anew=; if grep -qs amx_int8 /proc/cpuinfo; then anew=--no-cache-dir; fi; \
+	if $(BIN)/python -m pip install --disable-pip-version-check --no-input --quiet $$anew \
 		$${TORCH_INDEX:+--extra-index-url "$$TORCH_INDEX"} -e '.[gguf]'; then \
 		cp .venv/.made-from .venv/.gguf-from; \
 	else \
