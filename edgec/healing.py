@@ -130,7 +130,6 @@ def heal(
         state_file,
         _key(workspace, start.factors, settings) if state_file else "",
         progress,
-        blockwise=not start.vectors,
     )
     try:
         if settings.mode == "auto" and (reason := _too_slow(run, settings)):

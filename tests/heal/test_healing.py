@@ -54,20 +54,6 @@ def test_lora_heals_too(case: tuple[Workspace, Start]) -> None:
     assert found.after < found.before, found.note
 
 
-def test_blocks_learn_on_their_own_only_in_a_model_that_was_not_healed(
-    case: tuple[Workspace, Start], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    workspace, start = case
-    alone: list[object] = []
-    own = trainer._local
-    monkeypatch.setattr(trainer, "_local", lambda blocks: alone.append(blocks) or own(blocks))
-    first = heal(workspace, start, parse_heal("20steps"))
-    assert alone and first.vectors
-    alone.clear()
-    heal(workspace, Start(first.factors, first.vectors), parse_heal("10steps"))
-    assert not alone
-
-
 def test_healing_that_does_not_help_is_discarded_and_says_so(
     case: tuple[Workspace, Start], monkeypatch: pytest.MonkeyPatch
 ) -> None:
