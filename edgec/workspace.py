@@ -201,7 +201,7 @@ class Workspace:
 
     @cached_property
     def _second_batches(self) -> Batches:
-        return self.batches("heal", EVALUATION_TOKENS)
+        return self.batches("heal", SEARCH_TOKENS)
 
     def divergence(self, model: transformers.PreTrainedModel, batches: Batches) -> float:
         """End-to-end loss against the dense model: KL [nats per token], or 1 − mean cosine."""

@@ -124,8 +124,10 @@ def _linear(weight: Floats) -> torch.nn.Module:
 
 def _tensorly(factors: Factors, spec: Spec, implementation: str) -> torch.nn.Module:
     """Their layer holding our cores: core_k [o·χ', i·χ] → [χ', o, i, χ]."""
-    import tltorch
-
+    try:
+        import tltorch
+    except ImportError as error:
+        raise SystemExit(f"{error}; pip install --no-deps tensorly-torch tensorly opt_einsum") from error
     outs, ins = zip(*spec.modes, strict=True)
     ranks = (1, *spec.ranks, 1)
     layer: Any = tltorch.FactorizedLinear(

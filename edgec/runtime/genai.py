@@ -126,7 +126,7 @@ class GenaiModel:
     def _appended(self, generator: Any, ids: NDArray[np.int64]) -> Floats:
         generator.append_tokens(ids.astype(np.int32))
         logits: Floats = np.asarray(generator.get_output("logits"), dtype=np.float32)[0]
-        return logits.copy()
+        return logits
 
     def _generator(self, total: int, **options: Any) -> Any:
         params = self._og.GeneratorParams(self._model)

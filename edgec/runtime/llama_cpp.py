@@ -324,11 +324,12 @@ def sampler_chain(lib: Any, sampling: dict[str, Any] | None, vocab_size: int) ->
     return chain
 
 
-def model_params(lib: Any) -> Any:
+def model_params(lib: Any, *, vocab_only: bool = False) -> Any:
     """llama.cpp's own parameters for a model on the CPU, without what crashes there (`uses_amx`)."""
     params = lib.llama_model_default_params()
     params.n_gpu_layers = 0
-    if uses_amx(lib):
+    params.vocab_only = vocab_only
+    if not vocab_only and uses_amx(lib):  # a vocabulary multiplies nothing, so there is nothing to warn of
         params.use_extra_bufts = False
     return params
 
@@ -354,9 +355,7 @@ def uses_amx(lib: Any) -> bool:
 
 
 def _open(lib: Any, path: Path, *, vocab_only: bool = False) -> Any:
-    params = model_params(lib)
-    params.vocab_only = vocab_only
-    model = lib.llama_model_load_from_file(str(path).encode(), params)
+    model = lib.llama_model_load_from_file(str(path).encode(), model_params(lib, vocab_only=vocab_only))
     if not model:
         raise CheckpointError(f"llama.cpp cannot load {path}; --debug shows its reasons")
     return model

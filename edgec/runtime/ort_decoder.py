@@ -68,7 +68,9 @@ class OrtDecoder:
         self._types = {i.name: _DTYPES.get(i.type) for i in self.session.get_inputs()}
         self._names = {k: str(v) for part in ("inputs", "outputs") for k, v in dict(decoder.get(part) or {}).items()}
         self._logits = self._names.get("logits", "logits")
-        self._selects = FIRST_LOGITS in {i.name for i in self.session.get_overridable_initializers()}
+        selects = any(i.name == FIRST_LOGITS for i in self.session.get_overridable_initializers())
+        zero = self._ort.OrtValue.ortvalue_from_numpy(np.zeros(1, np.int64))
+        self._every_position = {FIRST_LOGITS: zero} if selects else {}
         self.caches = self._find_caches(decoder, path)
         plain = {self._names.get(n, n) for n in ("input_ids", "attention_mask", "position_ids")}
         if unknown := sorted(set(self._types) - plain - {c.past for c in self.caches}):
@@ -141,9 +143,7 @@ class OrtDecoder:
             "attention_mask": np.ones((1, past + len(ids)), dtype=np.int64),
             "position_ids": np.arange(past, past + len(ids), dtype=np.int64)[None, :],
         }
-        feeds = dict(cache)
-        if self._selects:
-            feeds[FIRST_LOGITS] = self._ort.OrtValue.ortvalue_from_numpy(np.zeros(1, np.int64))
+        feeds = {**cache, **self._every_position}
         for key, value in plain.items():
             name = self._names.get(key, key)
             if name in self._types:

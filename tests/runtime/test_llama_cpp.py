@@ -194,6 +194,7 @@ def test_a_build_with_amx_is_kept_from_using_it(said: bytes, packs: bool, caplog
         llama_print_system_info=lambda: said,
         llama_model_default_params=lambda: SimpleNamespace(use_extra_bufts=True, n_gpu_layers=-1),
     )
+    assert model_params(build, vocab_only=True).use_extra_bufts and not caplog.text
     params = model_params(build)
     assert (params.use_extra_bufts, params.n_gpu_layers) == (packs, 0)
     assert ("-mno-amx-int8" in caplog.text) == (not packs)

@@ -9,6 +9,9 @@ from pathlib import Path
 
 MODULE = "onnxruntime_genai.models.builder"
 
+INT4 = {"block_size": 32, "accuracy_level": 4}
+"""What every int4 baseline asks for beside the precision."""
+
 
 def build(source: Path, out: Path, precision: str, **options: str | int) -> None:
     """`python -m onnxruntime_genai.models.builder -i source -o out -p precision -e cpu --extra_options …`."""

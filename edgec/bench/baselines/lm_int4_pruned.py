@@ -1,7 +1,7 @@
 """The dense int4 decoder with a head that computes the last position only, as the builder makes it when asked to.
 
-The builder's default keeps every position's logits; edgec's graphs do not compute them either, so this is the peer for
-prompts and memory. It costs who evaluates it: its logits are had token by token.
+The builder's default computes every position's logits, and edgec's graphs do not, so this is the peer for prompts and
+memory. It costs who evaluates it: its logits are had token by token.
 """
 
 from __future__ import annotations
@@ -18,4 +18,4 @@ SOURCE = CHECKPOINT
 
 
 def build(source: Path, out: Path) -> None:
-    _genai_builder.build(source, out, "int4", block_size=32, accuracy_level=4, prune_lm_head="true")
+    _genai_builder.build(source, out, "int4", **_genai_builder.INT4, prune_lm_head="true")

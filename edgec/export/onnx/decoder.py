@@ -131,19 +131,18 @@ def select_positions(model: ir.Model, head: ir.Node) -> None:
     at an initialiser that is also an input (ONNX's "default value"): runtimes that do not know it never see it, and
     `OrtDecoder` sets it to 0. genai reads from the declared shape, [batch, 1, vocab], that a head is pruned.
     """
-    (hidden, _), node_graph = head.inputs, head.graph
-    if hidden is None or node_graph is None:
+    hidden = head.inputs[0]
+    if hidden is None:
         raise ExportError("mapping nodes to modules: the head has lost its input")
     first, last, axis = (
-        ir.Value(name=name, type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([1]), const_value=_one(value, name))
-        for name, value in ((FIRST_LOGITS, -1), ("edgec.last_logits", np.iinfo(np.int64).max), ("edgec.logits_axis", 1))
+        _number(FIRST_LOGITS, -1), _number("edgec.last_logits", np.iinfo(np.int64).max), _number("edgec.logits_axis", 1)
     )
     for value in (first, last, axis):
         model.graph.register_initializer(value)
     model.graph.inputs.append(first)
     selected = ir.Value(name="edgec.selected", type=hidden.type)
     node = ir.node("Slice", [hidden, first, last, axis], outputs=[selected], name="edgec.select_positions")
-    node_graph.insert_before(head, node)
+    model.graph.insert_before(head, node)
     head.replace_input_with(0, selected)
     logits = next(value for value in model.graph.outputs if value.name == "logits")
     if logits.shape is None:
@@ -151,8 +150,10 @@ def select_positions(model: ir.Model, head: ir.Node) -> None:
     logits.shape = ir.Shape([logits.shape[0], 1, logits.shape[2]])
 
 
-def _one(value: int, name: str) -> ir.TensorProtocol:
-    return ir.tensor(np.array([value], np.int64), name=name)
+def _number(name: str, value: int) -> ir.Value:
+    """An int64 constant of shape [1]."""
+    tensor = ir.tensor(np.array([value], np.int64), name=name)
+    return ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape([1]), const_value=tensor)
 
 
 def share_tied_table(graph: DecoderGraph) -> bool:
