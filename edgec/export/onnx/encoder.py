@@ -34,6 +34,9 @@ __all__ = ["TASKS", "DenseGraph", "Pooling", "export_encoder", "read_pooling"]
 TASKS = ("feature-extraction", "sentence-similarity")
 """optimum's names of the tasks that this front end exports."""
 
+OPSET = 21
+"""The first in which QuantizeLinear takes a scale per block, which weights for int8 products are unpacked with."""
+
 _SCOPES = "pkg.torch.onnx.name_scopes"
 _PREFIX = "model."
 Layer = nn.Linear | nn.Embedding
@@ -65,6 +68,7 @@ def export_encoder(
                 dynamo=True,
                 optimize=False,  # by `simplify`, after the nodes are marked
                 verbose=False,
+                opset_version=OPSET,
                 input_names=list(inputs),
                 output_names=wrapper.output_names,
                 dynamic_shapes=[{0: "batch_size", 1: "sequence_length"} for _ in inputs],

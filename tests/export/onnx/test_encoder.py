@@ -332,5 +332,6 @@ def test_minilm(minilm: Path) -> None:
     graph = export_encoder(model, "feature-extraction", pooling=pooling)
     operators = Counter(node.op_type for node in graph.model.graph)
     assert (len(graph.linears), len(graph.embeddings)) == (36, 3)
-    assert (operators["MultiHeadAttention"], operators["SkipLayerNormalization"], operators["BiasGelu"]) == (6, 12, 6)
+    assert (operators["MultiHeadAttention"], operators["LayerNormalization"], operators["BiasGelu"]) == (6, 13, 6)
+    assert operators["SkipLayerNormalization"] == 0
     assert _difference(model, _session(graph.model), pooling) <= TOLERANCE
