@@ -87,6 +87,7 @@ def table(*columns: str, title: str = "", head: bool = True) -> Table:
     return made
 
 
+_PRODUCTS = {"int8": "int8, on weights unpacked when the session is created", "packed": "on packed weights"}
 _MOST_NOTES = 12
 """More notes than this are cut in the middle; `edgec inspect` prints them all."""
 
@@ -99,6 +100,8 @@ def print_export(out: Console, done: Any, cost: Mapping[str, float]) -> None:
     ratio = sizes["model_bytes"] / sizes["dense_fp16_bytes"]
     shown.add_row("of dense fp16", f"{ratio:.3f}  ({size(sizes['dense_fp16_bytes'])})")
     shown.add_row("block linears", f"{sizes['linear_bpw']:.2f} bits per weight: {_mix(done.plan)}")
+    if "arithmetic" in manifest:
+        shown.add_row("products", _PRODUCTS[manifest["arithmetic"]])
     shown.add_row("parity with torch", f"{parity['error']:.1e}  (with int8 activations {parity['shipped']:.1e})")
     for name, value in _quality_rows(manifest["quality"]):
         shown.add_row(name, safe(value))

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from edgec import decompose
 from edgec.contraction import Contraction, Gather, core_shapes, dense, quantisable, walk
 from edgec.errors import NumericsError, PlanError
-from edgec.moments import SecondMoment
+from edgec.moments import SecondMoment, TableMoment
 from edgec.quantize import ggml, gptq, rtn
 from edgec.quantize.formats import BACKBONE, CoreFormat, LayerFormat, PairFormat, QuantizedTensor, storable
 from edgec.quantize.ggml_formats import GgmlFormat
@@ -36,10 +36,15 @@ _MIXER = CoreFormat(8, 32)
 
 @dataclass(frozen=True, eq=False)
 class Factors:
-    """A fitted layer: its contraction and every core, as stored (floats in their dtype, or quantised)."""
+    """A fitted layer: its contraction and every core, as stored (floats in their dtype, or quantised).
+
+    input_rms: root mean square of the input's channels, float32 [in], where activations were measured: what a runtime
+    that quantises activations balances them by. None for tables.
+    """
 
     contraction: Contraction
     cores: Mapping[str, Core]
+    input_rms: NDArray[np.float32] | None = None
 
     @cached_property
     def stored_bytes(self) -> int:
@@ -108,7 +113,8 @@ def fit(
         finish("weight", weight, moment if weight.size <= _GPTQ_TABLE else None)
     else:
         decompose.get(spec.kind).factorize(weight, spec, moment, finish)
-    return Factors(contraction, cores)
+    rms = None if moment is None or isinstance(moment, TableMoment) else np.sqrt(moment.diagonal)
+    return Factors(contraction, cores, rms)
 
 
 def _quantised(core: NDArray[Any], fmt: CoreFormat, moment: SecondMoment | None) -> QuantizedTensor:

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 PLAN_VERSION = 1
+ARITHMETICS = ("int8", "packed")
+"""How an ONNX encoder multiplies: int8 products on weights that the session unpacks, or MatMulNBits on packed ones."""
 MANIFEST_NAME = "edgec.json"
 MANIFEST_VERSION = 1
 
@@ -143,7 +145,7 @@ class Target:
     dimensions are multiples of it. k_multiple: a quantised matmul's inner dimension must be a multiple of it (1:
     any). accuracy_level: MatMulNBits attribute; 4 computes in int8. artifact: what is written, by the name of a file
     in `edgec/export/artifacts/`. must_beat: a simpler target; a plan with corrections ships only where it measures
-    better than that one's at the same budget.
+    better than that one's at the same budget. encoder_arithmetic: one of `ARITHMETICS`, for ONNX encoders.
     """
 
     name: str
@@ -160,6 +162,7 @@ class Target:
     rotated_formats: tuple[str, ...] = ()
     artifact: str = "onnx"
     must_beat: str = ""
+    encoder_arithmetic: str = "packed"
 
     def formats_of(self, kind: str) -> tuple[str, ...]:
         """Names of the formats that a matrix decomposed in this way may have."""

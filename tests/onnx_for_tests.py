@@ -42,6 +42,8 @@ def layer_bytes(folder: Path, layers: list[str]) -> int:
     """Bytes of codes, scales and cores that the named layers store; a range that two of them share counts once."""
     ranges: dict[Any, int] = {}
     for name, tensor in stored(folder).items():
+        if name.endswith((".rows", ".strong", ".smooth", ".inverse")):  # what int8 products have beside the cores
+            continue
         if tensor.dtype != onnx.TensorProto.INT64 and any(name.startswith(f"{layer}/") for layer in layers):
             ranges[tensor.place or name] = tensor.bytes
     return sum(ranges.values())

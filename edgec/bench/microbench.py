@@ -52,9 +52,11 @@ def measure(
     threads: int = 1,
     seconds: float = 40.0,
     accuracy_level: int = 4,
+    unpacked: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Sample]:
     """One sample per shape, format and number of rows. seconds: how long rounds are repeated (at least 5 of them).
+    unpacked: quantised cores are multiplied as int8 matrices of one scale a row, whatever their format in the file.
 
     Raises BenchError naming the shape when the runtime refuses a graph.
     """
@@ -66,7 +68,10 @@ def measure(
             where = f"a {n}x{k} matmul at {bits} bits, blocks of {block}"
             for m in rows:
                 nodes = _nodes(n, k, m)
-                model = _matmuls(n, k, bits, block, nodes, accuracy_level, rng)
+                if unpacked and bits < 32:
+                    model = _unpacked(n, k, nodes, rng)
+                else:
+                    model = _matmuls(n, k, bits, block, nodes, accuracy_level, rng)
                 x = rng.normal(size=(m, k)).astype(np.float32)
                 contestants.append(((n, k, bits, block, m), nodes, _session(model, threads, where), x))
     idle = np.zeros((1, 32), np.float32)
@@ -135,6 +140,17 @@ def _matmuls(
                 **attributes,
             )
         )
+    return _model(nodes, constants, k)
+
+
+def _unpacked(n: int, k: int, count: int, rng: np.random.Generator) -> onnx.ModelProto:
+    """Nodes as onnxruntime makes them of `edgec.export.onnx.int8_products`, each with its input's quantization."""
+    nodes, constants = [], []
+    for i in range(count):
+        codes = rng.integers(-127, 128, (k, n), np.int8)
+        constants += [_constant(f"w{i}", codes), _constant(f"s{i}", np.full(n, 1e-3, np.float32))]
+        inputs = ["x", f"w{i}", f"s{i}"]
+        nodes.append(helper.make_node("DynamicQuantizeMatMul", inputs, [f"y{i}"], domain="com.microsoft"))
     return _model(nodes, constants, k)
 
 

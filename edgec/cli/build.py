@@ -51,6 +51,10 @@ def export(
     device: Annotated[str, typer.Option(help="where healing runs: cpu, cuda")] = "cpu",
     seed: Seed = 0,
     plain: Annotated[bool, typer.Option("--plain", help="fit a --plan without activations (speed tests)")] = False,
+    arithmetic: Annotated[
+        str | None,
+        typer.Option(help="of an ONNX encoder: int8 (fast in batches) or packed (least memory); default: the target's"),
+    ] = None,
     no_quality: Annotated[bool, typer.Option("--no-quality", help="skip the quality figures (random weights)")] = False,
     force: Force = False,
     as_json: Json = False,
@@ -93,6 +97,7 @@ def export(
         plain=plain,
         quality=not no_quality,
         force=force,
+        arithmetic=arithmetic,
     )
     started = time.perf_counter()
     with console.progress() as bars:

@@ -1,8 +1,8 @@
 """The Compressed folder: factors in safetensors, config, tokenizer, plan; `load` gives back a transformers model.
 
 Names: `<layer>.cores.<core>` for floats; `….codes` (packed, uint8), `….scales` and `….zero_points` for quantised ones,
-`….blocks` for ggml's own types. Everything that was not replaced keeps its name. A head that shares its table's cores
-stores nothing of its own.
+`….blocks` for ggml's own types; `<layer>.cores.input_rms` for what is known of the layer's input. Everything that was
+not replaced keeps its name. A head that shares its table's cores stores nothing of its own.
 """
 
 from __future__ import annotations
@@ -76,6 +76,8 @@ def save_compressed(
                 continue
             owners[id(stored)] = key
             tensors.update(_tensors(key, stored))
+        if fitted.input_rms is not None:
+            tensors[input_rms_key(layer)] = fitted.input_rms
     config = {
         **checkpoint.config,
         _CONFIG_KEY: {
@@ -130,7 +132,7 @@ def read_factors(compressed: Compressed) -> dict[str, Factors]:
             name: read(f"{choice.layer}.cores.{name}", shape, formats[name])
             for name, shape in core_shapes(contraction).items()
         }
-        factors[choice.layer] = Factors(contraction, found)
+        factors[choice.layer] = Factors(contraction, found, _input_rms(compressed.checkpoint, choice))
     return factors
 
 
@@ -196,6 +198,21 @@ def _tensors(key: str, stored: Core) -> dict[str, NDArray[Any]]:
     if (zero_points := stored.packed_zero_points()) is not None:
         tensors[f"{key}.zero_points"] = zero_points
     return tensors
+
+
+def input_rms_key(layer: str) -> str:
+    """Where a layer's `Factors.input_rms` is stored."""
+    return f"{layer}.cores.input_rms"
+
+
+def _input_rms(checkpoint: Checkpoint, choice: Choice) -> NDArray[np.float32] | None:
+    key = input_rms_key(choice.layer)
+    if key not in checkpoint.tensors:
+        return None
+    found = np.array(checkpoint.read(key), np.float32)
+    if found.shape != choice.shape[1:] or not (np.isfinite(found).all() and (found >= 0).all()):
+        raise CheckpointError(f"{checkpoint.folder}: {key!r} is not one root mean square for each of {choice.shape[1]}")
+    return found
 
 
 def _core(checkpoint: Checkpoint, key: str, shape: tuple[int, ...], fmt: CoreFormat) -> Core:

@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 from edgec import limits, modeling
 from edgec.checkpoint import Checkpoint
 from edgec.companions import copy_companions
-from edgec.compress.store import _CONFIG_KEY, COMPRESSED_VERSION, _tensors
+from edgec.compress.store import _CONFIG_KEY, COMPRESSED_VERSION, _tensors, input_rms_key
 from edgec.errors import PlanError
 from edgec.fit import Factors
 from edgec.outputs import staged_folder
@@ -55,6 +55,8 @@ class CompressedWriter:
                 owners[id(stored)] = key
                 for name, values in _tensors(key, stored).items():
                     self.put(name, values)
+            if fitted.input_rms is not None:
+                self.put(input_rms_key(layer), fitted.input_rms)
 
     def put(self, name: str, values: NDArray[Any]) -> None:
         """One tensor, contiguous; kept until its file is written."""

@@ -1,7 +1,7 @@
 """Nothing is called exported before it was run: parity with torch, then quality of the very files that ship.
 
-`accuracy_level=4` quantises activations to int8 inside the kernels, about half a percent per matmul, which would hide a
-wiring error. So structure is checked on a copy of the graph without it, sharing the same weights, against a tight
+`accuracy_level=4` and int8 products quantise activations, about half a percent per matmul, which would hide a wiring
+error. So structure is checked on a copy of the graph without it, sharing the same weights, against a tight
 tolerance; what int8 activations cost is measured separately and is part of the quality figures.
 """
 
@@ -17,13 +17,14 @@ from pathlib import Path
 from typing import cast
 
 import numpy as np
-import onnx
+import onnx_ir as ir
 import torch
 import transformers
 from numpy.typing import NDArray
 
 from edgec.calibration import Batches
 from edgec.errors import CheckpointError, VerificationError
+from edgec.export.onnx.int8_products import use_float_activations
 from edgec.export.onnx.saving import DATA_FILE, MODEL_FILE
 from edgec.modeling import DECODER_TASK
 from edgec.runtime.artifact import open_artifact
@@ -159,15 +160,16 @@ def relative(values: list[Floats], expected: list[Floats]) -> float:
 
 @contextmanager
 def float_activations(folder: Path) -> Iterator[Path]:
-    """A temporary folder beside `folder` with the same graph at accuracy_level 0; weights are linked, not copied."""
-    proto = onnx.load(folder / MODEL_FILE, load_external_data=False)
-    for node in proto.graph.node:
+    """A temporary folder beside `folder` with the same graph at accuracy_level 0 and without int8 products; weights are
+    linked, not copied.
+    """
+    model = ir.load(folder / MODEL_FILE)
+    for node in model.graph:
         if node.op_type == "MatMulNBits":
-            for attribute in node.attribute:
-                if attribute.name == "accuracy_level":
-                    attribute.i = 0
+            node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", 0)
+    use_float_activations(model)
     with temporary_folder(folder) as temporary:
-        (temporary / MODEL_FILE).write_bytes(proto.SerializeToString())
+        ir.save(model, temporary / MODEL_FILE)
         if (folder / DATA_FILE).exists():
             os.link(folder / DATA_FILE, temporary / DATA_FILE)
         if (folder / "genai_config.json").exists():

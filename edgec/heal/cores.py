@@ -10,6 +10,7 @@ quantising at the end was turned down: at two bits the end result is another mod
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, cast
 
@@ -258,7 +259,7 @@ class Student:
         """What every layer has become, ready to ship. Cores that layers share stay shared."""
         stored: dict[int, Core] = {id(core): core.store() for core in self._every}
         return {
-            name: Factors(self._factors[name].contraction, {core: stored[id(module)] for core, module in own.items()})
+            name: replace(self._factors[name], cores={core: stored[id(module)] for core, module in own.items()})
             for name, own in self._cores.items()
         }
 

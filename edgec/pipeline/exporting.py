@@ -18,6 +18,7 @@ from edgec.export.artifacts import ArtifactKind, Written, kind_of
 from edgec.export.targets import get_target
 from edgec.fit import Factors
 from edgec.heal.settings import HealSettings
+from edgec.modeling import DECODER_TASK
 from edgec.pipeline.from_compressed import from_compressed, reconstructed_folder, ships_as_it_is
 from edgec.pipeline.pace import paced, parse_latency
 from edgec.pipeline.stages import (
@@ -39,7 +40,7 @@ from edgec.plan.budget import Budget, parse_budget
 from edgec.plan.planner import Sizes, finalists, plan_of
 from edgec.plan.refine import Evaluate, Search, key_of
 from edgec.profile.store import Profile
-from edgec.records import MANIFEST_NAME, Plan, Target
+from edgec.records import ARITHMETICS, MANIFEST_NAME, Plan, Target
 from edgec.workspace import Workspace
 
 logger = logging.getLogger(__name__)
@@ -56,7 +57,8 @@ class ExportRequest:
     """What `edgec export` was asked for. plan: a YAML file or a constraint; profile: a folder made by `edgec profile`;
     plain: fit a given plan without activations (no calibration run; for speed tests). quality: measure the result
     on held-out text; off only for random weights, whose quality means nothing. max_loss: a line ("1%") in place of a
-    budget. max_latency: most time of the planned layers ("5ms").
+    budget. max_latency: most time of the planned layers ("5ms"). arithmetic: of an ONNX encoder, in place of the
+    target's own.
     """
 
     model: Path
@@ -73,6 +75,7 @@ class ExportRequest:
     plain: bool = False
     quality: bool = True
     force: bool = False
+    arithmetic: str | None = None
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,8 @@ class _Export:
 
     def run(self, goal: Goal) -> Product:
         request, workspace = self.request, self.workspace
+        if request.arithmetic == "int8" and workspace.task == DECODER_TASK:
+            raise UsageError("--arithmetic int8 is for encoders; a decoder multiplies one row, as packed weights want")
         self.kind.refuse_unsupported(workspace.checkpoint, workspace.task)
         workspace.require_finite()
         if request.plan is not None:
@@ -227,7 +232,7 @@ class _Export:
 
 def export(request: ExportRequest, progress: Progress = silent) -> Exported:
     """Everything: the folder that a runtime loads, verified, with its manifest; whole or not at all."""
-    target = get_target(request.target)
+    target = _target(request)
     goal = _goal(request, target)
     outputs.check_free(request.out, force=request.force)
     kind = kind_of(target)
@@ -263,6 +268,18 @@ def export(request: ExportRequest, progress: Progress = silent) -> Exported:
         if goal.budget is not None and product.plan.budget == str(goal.budget):
             _require_within(goal.budget, stage, product.written)
     return Exported(request.out, product.plan, manifest)
+
+
+def _target(request: ExportRequest) -> Target:
+    """The target, multiplying as the request says. Raises UsageError where it has no say in that."""
+    target = get_target(request.target)
+    if request.arithmetic is None:
+        return target
+    if request.arithmetic not in ARITHMETICS:
+        raise UsageError(f"--arithmetic is {' or '.join(ARITHMETICS)}, got {request.arithmetic!r}")
+    if target.artifact != "onnx":
+        raise UsageError(f"--arithmetic is for ONNX encoders; {target.name} writes {target.artifact} files")
+    return replace(target, encoder_arithmetic=request.arithmetic)
 
 
 def _goal(request: ExportRequest, target: Target) -> Goal:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from edgec.errors import CheckpointError, NumericsError, RuntimeUnavailableError
 from edgec.runtime.interfaces import ENCODER, Floats
 from edgec.runtime.layout import inside, optional_json, read_json
+from edgec.runtime.memory import return_unused
 from edgec.runtime.options import RuntimeOptions, import_onnxruntime, refuse_kv_cache, session_options
 
 PLUGIN = True
@@ -63,6 +64,7 @@ class OrtEncoder:
             )
         except Exception as error:  # onnxruntime raises its own family of exceptions, none of them public
             raise CheckpointError(f"onnxruntime cannot load {model}: {error}") from error
+        return_unused()
         self._inputs = {i.name: np.int32 if "int32" in i.type else np.int64 for i in self.session.get_inputs()}
         known = {"input_ids", "attention_mask", "token_type_ids", "position_ids"}
         if unknown := sorted(set(self._inputs) - known):

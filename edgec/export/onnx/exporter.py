@@ -63,7 +63,9 @@ def write_model(
     """Lower the factors into the graph (which is consumed) and write model.onnx and its data into the existing folder
     `out`.
     """
-    lower(graph, factors, accuracy_level=target.accuracy_level)
+    decodes = isinstance(graph, decoder.DecoderGraph)
+    int8 = not decodes and target.encoder_arithmetic == "int8"
+    lower(graph, factors, accuracy_level=target.accuracy_level, int8=int8)
     if isinstance(graph, decoder.DecoderGraph) and graph.tied and not {graph.head, graph.embedding} & set(factors):
         decoder.share_tied_table(graph)
     _stamp(graph.model)

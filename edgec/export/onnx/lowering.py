@@ -1,5 +1,5 @@
 """The ONNX lowering of a contraction: replace a dense node by MatMul / MatMulNBits / GatherBlockQuantized and
-plain rearrangement.
+plain rearrangement; where a target wants it, an encoder's products by int8 ones (`int8_products`).
 
 A pass over a `DenseGraph`. Requires: every planned layer's node is in the graph, its weight an initializer.
 Ensures: the node is gone, its dense weight too (unless another node still reads it), its output carries the same
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from edgec.contraction import run
 from edgec.errors import ExportError
 from edgec.export.onnx.graph import DenseGraph
+from edgec.export.onnx.int8_products import Int8Products, smoothing, takes
 from edgec.fit import Core, Factors
 from edgec.quantize.formats import QuantizedTensor
 
@@ -29,13 +30,23 @@ class OnnxOps:
     """`edgec.contraction.Ops` that emits nodes. Values have `leading` axes that no step touches, then trailing ones."""
 
     def __init__(
-        self, prefix: str, cores: Mapping[str, Core], leading: int, accuracy_level: int, shared: Set[int] = frozenset()
+        self,
+        prefix: str,
+        cores: Mapping[str, Core],
+        leading: int,
+        accuracy_level: int,
+        shared: Set[int] = frozenset(),
+        int8: Int8Products | None = None,
     ) -> None:
-        """shared: ids of the cores that another layer stores too: their layout in the file must stay as it is."""
+        """shared: ids of the cores that another layer stores too: their layout in the file must stay as it is. int8:
+        emits the products that it can take, in place of MatMulNBits.
+        """
         self.prefix, self.cores, self.leading, self.accuracy_level = prefix, cores, leading, accuracy_level
         self.shared = shared
         self.nodes: list[ir.Node] = []
         self.initializers: list[ir.Value] = []
+        self.int8 = int8
+        self.smooth: dict[int, NDArray[np.float16] | None] = {}
 
     def reshape(self, x: ir.Value, shape: tuple[int, ...], trailing: int) -> ir.Value:
         # 0 copies the axis of the input, so batch and sequence stay dynamic.
@@ -55,6 +66,15 @@ class OnnxOps:
             # Stored [in, out] so that the runtime multiplies without transposing; fp16 is cast once, when the session
             # is created.
             return self._node("MatMul", [x, self._float(core, np.ascontiguousarray(stored.T))], name=core)
+        if self.int8 is not None and takes(stored):
+            return self.int8.emit(
+                x,
+                stored,
+                self.smooth.get(id(x)),
+                lambda name, array: self._constant(f"{core}.{name}", array),
+                self.nodes,
+                f"{self.prefix}/{core}",
+            )
         n, k = stored.shape
         inputs = [x, self._constant(core + ".codes", stored.packed()), self._float(core + ".scales", stored.scales)]
         if (zero_points := stored.packed_zero_points()) is not None:
@@ -142,29 +162,44 @@ class OnnxOps:
         return output
 
 
-def lower(graph: DenseGraph, factors: Mapping[str, Factors], *, accuracy_level: int) -> None:
+def lower(
+    graph: DenseGraph, factors: Mapping[str, Factors], *, accuracy_level: int, int8: bool = False
+) -> None:
     """Replace every layer in `factors` in place. Raises ExportError naming a layer that the graph does not have."""
     model = graph.model.graph
+    products = Int8Products(graph.model) if int8 else None
     uses = Counter(id(core) for fitted in factors.values() for core in fitted.cores.values())
     shared = {core for core, count in uses.items() if count > 1}
     for name, fitted in factors.items():
         node = (graph.embeddings if fitted.contraction.lookup else graph.linears).get(name)
         if node is None:
             raise ExportError(f"lowering: layer {name!r} is in the plan, but no node of the graph computes it")
-        _replace(model, node, name, fitted, accuracy_level, shared)
+        _replace(model, node, name, fitted, accuracy_level, shared, products)
     _drop_unused(model)
+    if products is not None:
+        model.sort()  # what products share was put before the first of them in the plan's order
     if graph.model.opset_imports.get(MICROSOFT) is None:
         graph.model.opset_imports[MICROSOFT] = 1
 
 
-def _replace(model: ir.Graph, node: ir.Node, name: str, fitted: Factors, accuracy_level: int, shared: Set[int]) -> None:
+def _replace(
+    model: ir.Graph,
+    node: ir.Node,
+    name: str,
+    fitted: Factors,
+    accuracy_level: int,
+    shared: Set[int],
+    int8: Int8Products | None,
+) -> None:
     lookup = fitted.contraction.lookup
     x = node.inputs[1 if lookup else 0]
     old = node.outputs[0]
     if x is None:
         raise ExportError(f"lowering: the node of layer {name!r} has no input")
     leading = _leading(x, lookup, name)
-    ops = OnnxOps(name, fitted.cores, leading, accuracy_level, shared)
+    ops = OnnxOps(name, fitted.cores, leading, accuracy_level, shared, int8)
+    if fitted.input_rms is not None:
+        ops.smooth[id(x)] = smoothing(fitted.input_rms)
     y = run(fitted.contraction.steps, ops, x, fitted.contraction.start)
     for value in ops.initializers:
         model.register_initializer(value)

@@ -23,4 +23,5 @@ TARGET = Target(
     default_budget="5bpw",
     residual_formats=("int2-b128+int4-b32",),
     rotated_formats=("int4-b32", "int2-b64+int8-b32"),
+    encoder_arithmetic="int8",
 )
