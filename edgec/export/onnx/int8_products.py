@@ -23,7 +23,8 @@ MatMulNBits on an identity, or GatherBlockQuantized; onnxruntime does not fold e
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -37,13 +38,15 @@ DOMAIN = "edgec"
 MICROSOFT = "com.microsoft"
 _OPSETS = {"": 21}
 _LEAST_K = 64
-"""Below it, quantising the input costs what the faster product gains: rotations stay MatMulNBits."""
-_TOP = {2: 64, 4: 64, 8: 127}
-"""Largest int8 weight by the bits of the file. x86 CPUs without VNNI add two products in 16 bits, where 64 cannot
-overflow; a weight of 4 bits loses nothing by it (the rounding is an eighth of its own). With 8 bits it would, and so
-they can saturate there, as in onnxruntime's own dynamic quantization."""
+"""Below it, quantising the input costs what the faster product gains: rotations are unpacked to floats."""
+_BITS = (2, 4, 8)
+_TOP = 96
+"""Largest int8 weight. x86 CPUs without VNNI add two products of a uint8 and an int8 in 16 bits and saturate. Simulated
+on MiniLM, that is 2.5 % of a product where weights go up to 127 (onnxruntime's dynamic quantization), 0.9 % at 112, and
+never happens at 96; up to 64 it cannot, but rounding so coarsely costs MiniLM 0.0015 of cosine at any CPU."""
 _STRONGEST = 64
 _EXPONENT = 0.7
+_NAME = re.compile(r"Unpack(\d)b(\d+)(s?)f?")
 _FP16_NORMAL_MIN = 2.0**-14
 
 Constant = Callable[[str, NDArray[Any]], ir.Value]
@@ -51,10 +54,10 @@ Constant = Callable[[str, NDArray[Any]], ir.Value]
 
 def takes(core: Core) -> bool:
     """Can a core be unpacked so? Others stay MatMulNBits or floats."""
-    if not isinstance(core, QuantizedTensor) or core.zero_points is not None or core.fmt.bits not in _TOP:
+    if not isinstance(core, QuantizedTensor) or core.zero_points is not None or core.fmt.bits not in _BITS:
         return False
     n, k = core.shape
-    return k >= _LEAST_K and k % core.fmt.block == 0 and n * core.fmt.bits % 8 == 0
+    return k % core.fmt.block == 0 and n * core.fmt.bits % 8 == 0
 
 
 def smoothing(rms: NDArray[np.floating[Any]]) -> NDArray[np.float16] | None:
@@ -100,6 +103,9 @@ class Int8Products:
             nodes.append(made)
             return made
 
+        if core.shape[1] < _LEAST_K:
+            weights = self._unpacked(core, None, constant, node, floats=True)[0]
+            return node("MatMul", [x, weights]).outputs[0]
         key = b"" if smooth is None else smooth.tobytes()
         if smooth is not None and key not in self._strong:
             strong = np.flatnonzero(smooth > 1)
@@ -111,15 +117,28 @@ class Int8Products:
                 scaled = node("Mul", [x, inverse]).outputs[0]
             self._inputs[id(x), key] = tuple(node("DynamicQuantizeLinear", [scaled], 3).outputs)
         q, a, z = self._inputs[id(x), key]
-        operands = _operands(core, smooth)
-        stored = [constant(name, array) for name, array in operands.items()] + self._strong.get(key, [])
-        made = _function(core.fmt.bits, core.fmt.block, smoothed=smooth is not None)
-        self.model.functions.setdefault(made.identifier(), made)
-        self.model.opset_imports.setdefault(DOMAIN, 1)
-        w, r = node(made.name, stored, 2, DOMAIN).outputs
+        w, r = self._unpacked(core, smooth, constant, node)
         product = node("MatMulIntegerToFloat", [q, w, a, r, z], domain=MICROSOFT)
         product.name, product.outputs[0].dtype = f"{title}/{product.op_type}", ir.DataType.FLOAT
         return product.outputs[0]
+
+
+    def _unpacked(
+        self,
+        core: QuantizedTensor,
+        smooth: NDArray[np.float16] | None,
+        constant: Constant,
+        node: Callable[..., ir.Node],
+        *,
+        floats: bool = False,
+    ) -> Sequence[ir.Value]:
+        """int8 [k, n] (float32 with floats) and the scales of its columns."""
+        stored = [constant(name, array) for name, array in _operands(core, smooth).items()]
+        stored += [] if smooth is None else self._strong[smooth.tobytes()]
+        made = _function(core.fmt.bits, core.fmt.block, smoothed=smooth is not None, floats=floats)
+        self.model.functions.setdefault(made.identifier(), made)
+        self.model.opset_imports.setdefault(DOMAIN, 1)
+        return node(made.name, stored, 2, DOMAIN).outputs
 
 
 def use_float_activations(model: ir.Model) -> None:
@@ -142,9 +161,9 @@ def use_float_activations(model: ir.Model) -> None:
             model.graph.remove(quantised, safe=True)
     for identifier, function in list(model.functions.items()):
         if function.domain == DOMAIN:
-            bits, block = (int(part) for part in function.name.removeprefix("Unpack").removesuffix("s").split("b"))
-            made = _function(bits, block, smoothed=function.name.endswith("s"), floats=True)
-            model.functions[identifier] = made
+            bits, block, smoothed = _NAME.fullmatch(function.name).groups()  # type: ignore[union-attr]
+            made = _function(int(bits), int(block), smoothed=bool(smoothed), floats=True)
+            model.functions[identifier] = ir.Function(*identifier, graph=made.graph, attributes=[])
 
 
 def _operands(core: QuantizedTensor, smooth: NDArray[np.float16] | None) -> dict[str, NDArray[Any]]:
@@ -158,7 +177,7 @@ def _operands(core: QuantizedTensor, smooth: NDArray[np.float16] | None) -> dict
         packed |= ((columns[:, field] << (8 - bits * (field + 1))) & _mask(bits, field)).astype(np.uint8)
     weights = core.dequantize()
     largest = np.abs(weights if smooth is None else weights * smooth.astype(np.float32)).max(axis=1)
-    rows = np.where(largest > 0, largest / _TOP[bits], 1.0).astype(np.float32)
+    rows = np.where(largest > 0, largest / _TOP, 1.0).astype(np.float32)
     codes = packed.view(np.int8) if bits == 8 else packed
     return {
         "codes": codes,
@@ -228,4 +247,5 @@ def _function(bits: int, block: int, *, smoothed: bool, floats: bool = False) ->
             rounded = op("Cast", op("Round", op("Div", strong, own)), to=ir.DataType.INT8)
             weights = op("ScatterND", weights, places, rounded)
     graph = ir.Graph(list(given.values()), [weights, rows], nodes=nodes, opset_imports=_OPSETS)
-    return ir.Function(DOMAIN, f"Unpack{bits}b{block}{'s' if smoothed else ''}", graph=graph, attributes=[])
+    name = f"Unpack{bits}b{block}{'s' if smoothed else ''}{'f' if floats else ''}"
+    return ir.Function(DOMAIN, name, graph=graph, attributes=[])

@@ -127,8 +127,17 @@ def test_products_of_one_input_share_its_quantization() -> None:
     assert len(graph.model.functions) == 1
 
 
+def test_what_is_too_narrow_is_unpacked_to_floats(tmp_path: Path) -> None:
+    x, factors = inputs(32), fitted("int8-b32", 32, 32)
+    model = lowered(factors)
+    assert [node.op_type for node in model.graph] == ["Unpack8b32f", "MatMul"]
+    assert relative(run_graph(model, tmp_path, x), x @ factors.dense().T) < 1e-6
+    use_float_activations(model)
+    assert relative(run_graph(model, tmp_path, x), x @ factors.dense().T) < 1e-6
+
+
 def test_what_is_not_taken_stays_packed() -> None:
-    for fmt, n, k in [("int4-b32-zp", 96, 256), ("int4-b32", 96, 32), ("int4-b64", 96, 96), ("int4-b32", 97, 256)]:
+    for fmt, n, k in [("int4-b32-zp", 96, 256), ("int4-b64", 96, 96), ("int4-b32", 97, 256)]:
         factors = fitted(fmt, n, k)
         assert not takes(factors.cores["weight"])
         model = lowered(factors)
