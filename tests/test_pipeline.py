@@ -233,6 +233,20 @@ def test_plan_and_budget_together_are_refused(lm_source: Path, tmp_path: Path) -
 # --- manifest and bytes ----------------------------------------------------------------------------------------------
 
 
+def test_an_encoder_multiplies_as_it_is_told(export: Export) -> None:
+    for arithmetic, product in [(None, "MatMulIntegerToFloat"), ("packed", "MatMulNBits")]:
+        done = export("encoder", plan="dense:int4-b32", arithmetic=arithmetic)
+        assert done.manifest["arithmetic"] == (arithmetic or "int8")
+        kinds = {node.op_type for node in onnx_files.load(done.out).graph.node}
+        assert product in kinds and not {"MatMulIntegerToFloat", "MatMulNBits"} - {product} & kinds
+    with pytest.raises(UsageError, match="for encoders"):
+        export("lm", plan="dense:int4-b32", arithmetic="int8")
+    with pytest.raises(UsageError, match="ONNX encoders"):
+        export("encoder", "gguf", plan="dense:int4-b32", arithmetic="int8")
+    with pytest.raises(UsageError, match="int8 or packed"):
+        export("encoder", plan="dense:int4-b32", arithmetic="fp4")
+
+
 @pytest.mark.parametrize("name", ["encoder", "lm"])
 def test_the_manifest_is_true(export: Export, sources: dict[str, Path], name: str) -> None:
     done = export(name, plan="uniform:0.5")

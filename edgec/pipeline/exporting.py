@@ -15,7 +15,7 @@ from edgec.compress import store
 from edgec.compress.overlay import write_overlay
 from edgec.errors import BudgetError, UsageError
 from edgec.export.artifacts import ArtifactKind, Written, kind_of
-from edgec.export.targets import get_target
+from edgec.export.targets import get_target, offered
 from edgec.fit import Factors
 from edgec.heal.settings import HealSettings
 from edgec.modeling import DECODER_TASK
@@ -91,8 +91,9 @@ class _Export:
     """One export under way."""
 
     def __init__(self, request: ExportRequest, target: Target, stage: Path, work: Path, progress: Progress) -> None:
-        self.request, self.target, self.stage, self.work, self.progress = request, target, stage, work, progress
+        self.request, self.stage, self.work, self.progress = request, stage, work, progress
         self.workspace = Workspace(request.model, request.calibration)
+        self.target = offered(target, encoder=self.workspace.task != DECODER_TASK)
         self.kind = kind_of(target)
 
     def run(self, goal: Goal) -> Product:

@@ -11,7 +11,8 @@ from edgec.compress import store
 from edgec.compress.streaming import compress_streamed
 from edgec.errors import RuntimeUnavailableError, UnsupportedModelError
 from edgec.export.artifacts import kind_of
-from edgec.export.targets import all_targets, get_target
+from edgec.export.targets import all_targets, get_target, offered
+from edgec.modeling import DECODER_TASK
 from edgec.pipeline.pace import paced
 from edgec.pipeline.stages import (
     Goal,
@@ -73,6 +74,7 @@ def plan(
     """
     workspace = Workspace(model, calibration)
     chosen = get_target(target)
+    chosen = offered(chosen, encoder=workspace.task != DECODER_TASK)
     kind = kind_of(chosen)
     kind.refuse_unsupported(workspace.checkpoint, workspace.task)
     goal = paced(goal, chosen, workspace.task, progress)

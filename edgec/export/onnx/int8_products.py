@@ -63,8 +63,8 @@ def takes(core: Core) -> bool:
 def smoothing(rms: NDArray[np.floating[Any]]) -> NDArray[np.float16] | None:
     """rms [k] of a product's input channels → what each is divided by, powers of two (exact in any float), float16 [k].
 
-    The 64 strongest channels, at most a quarter of all, come down towards the next strongest one; None where none
-    stands out.
+    The 64 strongest channels, at most a quarter of all, come down towards the next strongest one; None where none is
+    to be divided by more than 2, which is not worth a pass over the input.
     """
     rank = min(_STRONGEST, len(rms) // 4)
     reference = float(np.partition(rms, -rank - 1)[-rank - 1]) if rank else 0.0
@@ -72,7 +72,7 @@ def smoothing(rms: NDArray[np.floating[Any]]) -> NDArray[np.float16] | None:
         return None
     excess = np.maximum(rms / reference, 1.0).astype(np.float64) ** _EXPONENT
     factors = np.exp2(np.rint(np.log2(excess)).clip(0, 10)).astype(np.float16)
-    return factors if (factors > 1).any() else None
+    return factors if (factors > 2).any() else None
 
 
 class Int8Products:

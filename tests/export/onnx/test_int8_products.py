@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from edgec.contraction import Contraction, MatMul
 from edgec.export.onnx.int8_products import smoothing, takes, use_float_activations
 from edgec.export.onnx.lowering import lower
+from edgec.export.targets import get_target, offered
 from edgec.fit import Factors, fit
 from edgec.moments import SecondMoment
 from edgec.quantize.formats import CoreFormat
@@ -145,3 +146,11 @@ def test_what_is_not_taken_stays_packed() -> None:
         assert not model.functions
     floats = Factors(Contraction(4, 8, (MatMul("weight", 4, 8),)), {"weight": np.zeros((4, 8), np.float32)})
     assert [node.op_type for node in lowered(floats).graph] == ["MatMul"]
+
+
+def test_rotations_are_not_searched_beside_int8_products() -> None:
+    target = get_target("onnx-x64")
+    assert target.rotated_formats and offered(target, encoder=False) == target
+    assert not offered(target, encoder=True).rotated_formats
+    arm = get_target("onnx-arm64")
+    assert offered(arm, encoder=True) == arm
