@@ -54,10 +54,10 @@ Constant = Callable[[str, NDArray[Any]], ir.Value]
 
 def takes(core: Core) -> bool:
     """Can a core be unpacked so? Others stay MatMulNBits or floats."""
-    if not isinstance(core, QuantizedTensor) or core.zero_points is not None or core.fmt.bits not in _BITS:
+    if not isinstance(core, QuantizedTensor) or core.fmt.simulated or core.zero_points is not None:
         return False
     n, k = core.shape
-    return k % core.fmt.block == 0 and n * core.fmt.bits % 8 == 0
+    return core.fmt.bits in _BITS and k % core.fmt.block == 0 and n * core.fmt.bits % 8 == 0
 
 
 def smoothing(rms: NDArray[np.floating[Any]]) -> NDArray[np.float16] | None:
@@ -121,7 +121,6 @@ class Int8Products:
         product = node("MatMulIntegerToFloat", [q, w, a, r, z], domain=MICROSOFT)
         product.name, product.outputs[0].dtype = f"{title}/{product.op_type}", ir.DataType.FLOAT
         return product.outputs[0]
-
 
     def _unpacked(
         self,
