@@ -420,6 +420,10 @@ def test_a_compressed_folder_exports_to_what_the_plan_gives_directly(
 def test_quality_of_a_compressed_folder_is_not_claimed_against_itself(lm_source: Path, tmp_path: Path) -> None:
     """Its densified weights are no reference: divergence from them is only what int8 activations add."""
     pipeline.compress(lm_source, tmp_path / "compressed", "uniform:0.5", plain=True)
+    with pytest.raises(UsageError, match="for encoders"):
+        pipeline.export(
+            pipeline.ExportRequest(tmp_path / "compressed", "onnx-x64", tmp_path / "out", arithmetic="int8")
+        )
     done = pipeline.export(pipeline.ExportRequest(tmp_path / "compressed", "onnx-x64", tmp_path / "out"))
     assert done.manifest["quality"] == {}
     assert any("edgec eval out --model" in note for note in done.plan.notes)

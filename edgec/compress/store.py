@@ -8,7 +8,7 @@ not replaced keeps its name. A head that shares its table's cores stores nothing
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,18 +66,8 @@ def save_compressed(
     for name, place in modeling.places(model, checkpoint).items():
         if place not in replaced:
             tensors[place] = checkpoint.read(name)  # contiguous already; ascontiguousarray would give scalars an axis
-    owners: dict[int, str] = {}
     aliases: dict[str, str] = {}
-    for layer, fitted in sorted(factors.items()):
-        for core, stored in fitted.cores.items():
-            key = f"{layer}.cores.{core}"
-            if id(stored) in owners:
-                aliases[key] = owners[id(stored)]
-                continue
-            owners[id(stored)] = key
-            tensors.update(_tensors(key, stored))
-        if fitted.input_rms is not None:
-            tensors[input_rms_key(layer)] = fitted.input_rms
+    tensors.update(factor_tensors(factors, aliases))
     config = {
         **checkpoint.config,
         _CONFIG_KEY: {
@@ -189,6 +179,23 @@ def densify(compressed: Compressed, out: Path) -> Checkpoint:
     return open_checkpoint(out)
 
 
+def factor_tensors(factors: Mapping[str, Factors], aliases: dict[str, str]) -> Iterator[tuple[str, NDArray[Any]]]:
+    """Name and values of everything that the folder stores of these layers. Cores that layers share come once;
+    `aliases` gets the other names, each with the one that is stored.
+    """
+    owners: dict[int, str] = {}
+    for layer, fitted in sorted(factors.items()):
+        for core, stored in fitted.cores.items():
+            key = f"{layer}.cores.{core}"
+            if id(stored) in owners:
+                aliases[key] = owners[id(stored)]
+                continue
+            owners[id(stored)] = key
+            yield from _tensors(key, stored).items()
+        if fitted.input_rms is not None:
+            yield _input_rms_key(layer), fitted.input_rms
+
+
 def _tensors(key: str, stored: Core) -> dict[str, NDArray[Any]]:
     if not isinstance(stored, QuantizedTensor):
         return {key: np.ascontiguousarray(stored)}
@@ -200,13 +207,12 @@ def _tensors(key: str, stored: Core) -> dict[str, NDArray[Any]]:
     return tensors
 
 
-def input_rms_key(layer: str) -> str:
-    """Where a layer's `Factors.input_rms` is stored."""
+def _input_rms_key(layer: str) -> str:
     return f"{layer}.cores.input_rms"
 
 
 def _input_rms(checkpoint: Checkpoint, choice: Choice) -> NDArray[np.float32] | None:
-    key = input_rms_key(choice.layer)
+    key = _input_rms_key(choice.layer)
     if key not in checkpoint.tensors:
         return None
     found = np.array(checkpoint.read(key), np.float32)

@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 from edgec import limits, modeling
 from edgec.checkpoint import Checkpoint
 from edgec.companions import copy_companions
-from edgec.compress.store import _CONFIG_KEY, COMPRESSED_VERSION, _tensors, input_rms_key
+from edgec.compress.store import _CONFIG_KEY, COMPRESSED_VERSION, factor_tensors
 from edgec.errors import PlanError
 from edgec.fit import Factors
 from edgec.outputs import staged_folder
@@ -42,21 +42,11 @@ class CompressedWriter:
 
     def add(self, factors: Mapping[str, Factors]) -> None:
         """Layers that share cores must come in one call: what they share is stored once. Each layer comes once."""
-        owners: dict[int, str] = {}
-        for layer, fitted in sorted(factors.items()):
-            if layer in self.layers:
-                raise PlanError(f"layer {layer!r} is already written")
-            self.layers.add(layer)
-            for core, stored in fitted.cores.items():
-                key = f"{layer}.cores.{core}"
-                if id(stored) in owners:
-                    self.aliases[key] = owners[id(stored)]
-                    continue
-                owners[id(stored)] = key
-                for name, values in _tensors(key, stored).items():
-                    self.put(name, values)
-            if fitted.input_rms is not None:
-                self.put(input_rms_key(layer), fitted.input_rms)
+        if again := sorted(self.layers & factors.keys()):
+            raise PlanError(f"layer {again[0]!r} is already written")
+        self.layers.update(factors)
+        for name, values in factor_tensors(factors, self.aliases):
+            self.put(name, values)
 
     def put(self, name: str, values: NDArray[Any]) -> None:
         """One tensor, contiguous; kept until its file is written."""

@@ -98,8 +98,7 @@ class _Export:
 
     def run(self, goal: Goal) -> Product:
         request, workspace = self.request, self.workspace
-        if request.arithmetic == "int8" and workspace.task == DECODER_TASK:
-            raise UsageError("--arithmetic int8 is for encoders; a decoder multiplies one row, as packed weights want")
+        _refuse_int8(request, workspace)
         self.kind.refuse_unsupported(workspace.checkpoint, workspace.task)
         workspace.require_finite()
         if request.plan is not None:
@@ -254,6 +253,7 @@ def export(request: ExportRequest, progress: Progress = silent) -> Exported:
         if compressed:
             request = replace(request, quality=False)  # its dense original is not here to compare with
             workspace, made, factors = from_compressed(request.model, request.out, request.calibration, target, work)
+            _refuse_int8(request, workspace)
             draft = kind.prepare(workspace.checkpoint, workspace.task, work)
             written = _write(kind, workspace.checkpoint, draft, factors, target, stage, progress)
             product = Product(made, factors, written, workspace.checkpoint)
@@ -281,6 +281,11 @@ def _target(request: ExportRequest) -> Target:
     if target.artifact != "onnx":
         raise UsageError(f"--arithmetic is for ONNX encoders; {target.name} writes {target.artifact} files")
     return replace(target, encoder_arithmetic=request.arithmetic)
+
+
+def _refuse_int8(request: ExportRequest, workspace: Workspace) -> None:
+    if request.arithmetic == "int8" and workspace.task == DECODER_TASK:
+        raise UsageError("--arithmetic int8 is for encoders; a decoder multiplies one row, as packed weights want")
 
 
 def _goal(request: ExportRequest, target: Target) -> Goal:

@@ -73,8 +73,7 @@ def plan(
     Budgets on the whole file use an estimate of what else ships.
     """
     workspace = Workspace(model, calibration)
-    chosen = get_target(target)
-    chosen = offered(chosen, encoder=workspace.task != DECODER_TASK)
+    chosen = offered(get_target(target), encoder=workspace.task != DECODER_TASK)
     kind = kind_of(chosen)
     kind.refuse_unsupported(workspace.checkpoint, workspace.task)
     goal = paced(goal, chosen, workspace.task, progress)

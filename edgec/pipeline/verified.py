@@ -61,7 +61,7 @@ def verified_manifest(
     hashes = {str(f.relative_to(stage)): _sha256(f) for f in sorted(stage.rglob("*")) if f.is_file()}
     progress("verifying", 3, 3)
     parameters = workspace.checkpoint.parameters
-    arithmetic = {"arithmetic": target.encoder_arithmetic} if _chooses_arithmetic(workspace, target) else {}
+    chooses_arithmetic = target.artifact == "onnx" and workspace.task != DECODER_TASK
     return {
         "kind": "artifact",
         "version": MANIFEST_VERSION,
@@ -81,16 +81,12 @@ def verified_manifest(
             **({"types": dict(written.types)} if written.types else {}),
         },
         "notes": list(written.notes),
-        **arithmetic,
+        **({"arithmetic": target.encoder_arithmetic} if chooses_arithmetic else {}),
         "healing": dict(product.healing),
         "parity": asdict(parity),
         "quality": measured,
         "files": hashes,
     }
-
-
-def _chooses_arithmetic(workspace: Workspace, target: Target) -> bool:
-    return target.artifact == "onnx" and workspace.task != DECODER_TASK
 
 
 def measure_quality(workspace: Workspace, artifact: Path, opened: Any = None) -> dict[str, Any]:

@@ -30,6 +30,13 @@ def test_it_measures_every_shape_format_and_row_count() -> None:
     assert fit_costs(plain).prices.keys() == {1, 64}
 
 
+def test_unpacked_products_are_measured_by_the_formats_of_their_files() -> None:
+    shapes = ((64, 512), (512, 512), (32, 128))
+    samples = microbench.measure(shapes, ((4, 32), (32, 0)), (16,), seconds=0.2, unpacked=True)
+    assert [s[2:4] for s in samples] == [(4, 32)] * 3 + [(32, 0)] * 3
+    assert all(ms > 0 for *_, ms in samples)
+
+
 def test_the_default_shapes_tell_all_prices_apart() -> None:
     """As many samples as `fit_costs` wants, without running them."""
     made = [(n, k, b, block, m, 1e-3 + 1e-8 * n * k * m) for n, k in microbench.SHAPES

@@ -11,6 +11,9 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+MICROSOFT = "com.microsoft"
+"""The domain of onnxruntime's own operators."""
+
 
 @dataclass(frozen=True)
 class DenseGraph:

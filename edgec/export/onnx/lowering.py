@@ -18,12 +18,10 @@ from numpy.typing import NDArray
 
 from edgec.contraction import run
 from edgec.errors import ExportError
-from edgec.export.onnx.graph import DenseGraph
+from edgec.export.onnx.graph import MICROSOFT, DenseGraph
 from edgec.export.onnx.int8_products import Int8Products, smoothing, takes
 from edgec.fit import Core, Factors
 from edgec.quantize.formats import QuantizedTensor
-
-MICROSOFT = "com.microsoft"
 
 
 class OnnxOps:
@@ -37,16 +35,16 @@ class OnnxOps:
         accuracy_level: int,
         shared: Set[int] = frozenset(),
         int8: Int8Products | None = None,
+        smooth: tuple[ir.Value, NDArray[np.float16] | None] | None = None,
     ) -> None:
         """shared: ids of the cores that another layer stores too: their layout in the file must stay as it is. int8:
-        emits the products that it can take, in place of MatMulNBits.
+        emits the products that it can take, in place of MatMulNBits. smooth: the layer's input, and its `smoothing`.
         """
         self.prefix, self.cores, self.leading, self.accuracy_level = prefix, cores, leading, accuracy_level
         self.shared = shared
         self.nodes: list[ir.Node] = []
         self.initializers: list[ir.Value] = []
-        self.int8 = int8
-        self.smooth: dict[int, NDArray[np.float16] | None] = {}
+        self.int8, self.smooth = int8, smooth
 
     def reshape(self, x: ir.Value, shape: tuple[int, ...], trailing: int) -> ir.Value:
         # 0 copies the axis of the input, so batch and sequence stay dynamic.
@@ -70,7 +68,7 @@ class OnnxOps:
             return self.int8.emit(
                 x,
                 stored,
-                self.smooth.get(id(x)),
+                self.smooth[1] if self.smooth and x is self.smooth[0] else None,
                 lambda name, array: self._constant(f"{core}.{name}", array),
                 self.nodes,
                 f"{self.prefix}/{core}",
@@ -162,10 +160,10 @@ class OnnxOps:
         return output
 
 
-def lower(
-    graph: DenseGraph, factors: Mapping[str, Factors], *, accuracy_level: int, int8: bool = False
-) -> None:
-    """Replace every layer in `factors` in place. Raises ExportError naming a layer that the graph does not have."""
+def lower(graph: DenseGraph, factors: Mapping[str, Factors], *, accuracy_level: int, int8: bool = False) -> None:
+    """Replace every layer in `factors` in place; int8: multiply as `int8_products` does. Raises ExportError naming a
+    layer that the graph does not have.
+    """
     model = graph.model.graph
     products = Int8Products(graph.model) if int8 else None
     uses = Counter(id(core) for fitted in factors.values() for core in fitted.cores.values())
@@ -197,9 +195,8 @@ def _replace(
     if x is None:
         raise ExportError(f"lowering: the node of layer {name!r} has no input")
     leading = _leading(x, lookup, name)
-    ops = OnnxOps(name, fitted.cores, leading, accuracy_level, shared, int8)
-    if fitted.input_rms is not None:
-        ops.smooth[id(x)] = smoothing(fitted.input_rms)
+    smooth = (x, smoothing(fitted.input_rms)) if int8 is not None and fitted.input_rms is not None else None
+    ops = OnnxOps(name, fitted.cores, leading, accuracy_level, shared, int8, smooth)
     y = run(fitted.contraction.steps, ops, x, fitted.contraction.start)
     for value in ops.initializers:
         model.register_initializer(value)

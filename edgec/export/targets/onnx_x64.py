@@ -6,7 +6,8 @@ give the least error per byte: a correction at eight bits takes 1 to 3 % off the
 and blocks of 64, or four-bit backbones with a correction, lie above the hull of what else there is.
 
 A rotation in front takes 4 to 8 % off the error of a matrix at its own bytes, and adds 2 to 8 % to the time of its
-product (one thread, 1536 × 384 and 2048 × 2048, 1 and 128 rows; onnxruntime 1.31).
+product (one thread, 1536 × 384 and 2048 × 2048, 1 and 128 rows; onnxruntime 1.31). Those were packed
+products; beside an encoder's int8 ones a rotation is too slow to be searched (`targets.offered`).
 """
 
 from edgec.records import Target

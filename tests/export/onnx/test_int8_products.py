@@ -91,8 +91,7 @@ def test_strong_channels_are_balanced(tmp_path: Path) -> None:
     measured, blind = fitted("int8-b128", x=x), fitted("int8-b128")
     assert measured.input_rms is not None and blind.input_rms is None
     errors = [relative(run_graph(lowered(f), tmp_path, x), x @ f.dense().T) for f in (measured, blind)]
-    quiet = np.abs(x) < 5  # what is left of the ordinary channels is what smoothing is for
-    assert errors[0] < errors[1] and quiet.any()
+    assert errors[0] < errors[1]
 
 
 def test_smoothing_is_of_few_channels_by_powers_of_two() -> None:
