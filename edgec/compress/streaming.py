@@ -26,7 +26,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgec import modeling
-from edgec.blocks import BlockWalker, StoredWeights
+from edgec.blocks.stored_weights import StoredWeights
+from edgec.blocks.walker import BlockWalker
 from edgec.calibration import Batches
 from edgec.checkpoint import Checkpoint
 from edgec.compress.apply import _shared, _shares, apply_factors

@@ -28,18 +28,16 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from edgec import limits, modeling
+from edgec.blocks.hidden_states import HiddenStates
+from edgec.blocks.observing import Moments, Stop
+from edgec.blocks.stored_weights import StoredWeights
 from edgec.calibration import Batches
 from edgec.checkpoint import Checkpoint
-from edgec.errors import CheckpointError, NumericsError, UnsupportedModelError
+from edgec.errors import NumericsError, UnsupportedModelError
 from edgec.moments import SecondMoment
 
-Array = NDArray[Any]
 Rows = Callable[[NDArray[np.int64]], NDArray[np.float32]]
 """Token ids [u] → rows of a table [u, d]."""
-
-
-class _Stop(Exception):  # noqa: N818 (nothing went wrong)
-    """What was to be seen has been seen; the rest of the forward pass is not needed."""
 
 
 @dataclass(frozen=True)
@@ -48,59 +46,6 @@ class Call:
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-
-
-class HiddenStates:
-    """One hidden state [B, T, d] per batch, float32: in memory up to `cap_bytes` in all, in files of `folder` beyond.
-
-    Files are read and written whole: pages of a memory map would count as the process's memory all the same.
-    """
-
-    def __init__(self, folder: Path, cap_bytes: int = limits.MAX_HIDDEN_BYTES) -> None:
-        self.folder, self.cap_bytes = folder, cap_bytes
-        self._kept: dict[int, Tensor] = {}
-        self._shapes: dict[int, torch.Size] = {}
-
-    def put(self, batch: int, hidden: Tensor) -> None:
-        """Replace the state of one batch."""
-        hidden = hidden.detach().float().contiguous()
-        self._kept.pop(batch, None)
-        held = sum(h.numel() for h in self._kept.values()) + hidden.numel()
-        self._shapes[batch] = hidden.shape
-        if held * hidden.element_size() <= self.cap_bytes:
-            self._kept[batch] = hidden
-        else:
-            hidden.numpy().tofile(self._file(batch))
-
-    def get(self, batch: int) -> Tensor:
-        if batch in self._kept:
-            return self._kept[batch]
-        return torch.from_numpy(np.fromfile(self._file(batch), np.float32)).reshape(self._shapes[batch])
-
-    def _file(self, batch: int) -> Path:
-        return self.folder / f"hidden-{batch:06d}.f32"
-
-
-class StoredWeights:
-    """Layer name → its dense weight [out, in] (table [v, d]) as stored, memory-mapped; a tied head's from its table."""
-
-    def __init__(self, checkpoint: Checkpoint, model: transformers.PreTrainedModel) -> None:
-        self._checkpoint = checkpoint
-        self._tied = {layer.name: layer.tied_to for layer in modeling.layers(model) if layer.tied_to}
-        self._names = {place: name for name, place in modeling.places(model, checkpoint).items()}
-
-    def __call__(self, layer: str) -> Array:
-        place = f"{layer}.weight"
-        if place not in self._names and layer in self._tied:
-            place = f"{self._tied[layer]}.weight"
-        return self.tensor(place)
-
-    def tensor(self, place: str) -> Array:
-        """Any tensor by the model's own name for it. Raises CheckpointError where it is missing."""
-        try:
-            return self._checkpoint.read(self._names[place])
-        except KeyError as error:
-            raise CheckpointError(f"{self._checkpoint.folder}: tensor {place!r} is missing") from error
 
 
 class BlockWalker:
@@ -238,7 +183,7 @@ class BlockWalker:
         def first(index: int, hidden: Tensor, call: Call) -> Any:
             with self.load(index) as block:
                 seen.append(block(hidden, *call.args, **call.kwargs))
-            raise _Stop
+            raise Stop
 
         self._outer(small, first)
         output = seen[0]
@@ -262,7 +207,7 @@ class BlockWalker:
         if self.head:
             handles.append(self.model.get_submodule(self.head).register_forward_pre_hook(_stop))
         try:
-            with suppress(_Stop):
+            with suppress(Stop):
                 self.model(**batch)
         finally:
             for handle in handles:
@@ -341,7 +286,7 @@ class BlockWalker:
         with self._observed({layer: block.get_submodule(layer.removeprefix(prefix)) for layer in layers}) as moments:
             for batch in range(len(self.batches.items)):
                 moments.start(batch, stop=True)
-                with suppress(_Stop):
+                with suppress(Stop):
                     self.run(index, block, batch)
         return moments.finished()
 
@@ -358,7 +303,7 @@ class BlockWalker:
 
                 def pass_on(index: int, hidden: Tensor, call: Call, number: int = number) -> Any:
                     if not after:
-                        raise _Stop
+                        raise Stop
                     moments.seeing = True
                     return self._output(self.hidden.get(number) if index == len(self) - 1 else hidden)
 
@@ -366,8 +311,8 @@ class BlockWalker:
         return moments.finished()
 
     @contextmanager
-    def _observed(self, modules: dict[str, nn.Module]) -> Iterator[_Moments]:
-        moments = _Moments([b["attention_mask"].bool() for b in self.batches.items], len(modules))
+    def _observed(self, modules: dict[str, nn.Module]) -> Iterator[Moments]:
+        moments = Moments([b["attention_mask"].bool() for b in self.batches.items], len(modules))
         handles = [m.register_forward_pre_hook(moments.hook(n), prepend=True) for n, m in modules.items()]
         try:
             yield moments
@@ -376,54 +321,8 @@ class BlockWalker:
                 handle.remove()
 
 
-class _Moments:
-    """Sums of x xᵀ over the unmasked rows, in float64; products in float32, batch by batch, as `activations` does."""
-
-    def __init__(self, masks: Sequence[Tensor], count: int) -> None:
-        self.masks, self.count = masks, count
-        self.seeing = True
-        self._totals: dict[str, Tensor] = {}
-        self._batch, self._stop = 0, False
-        self._seen: set[str] = set()
-
-    def start(self, batch: int, *, stop: bool) -> None:
-        """stop: end the pass when every layer has been seen."""
-        self._batch, self._stop = batch, stop
-        self._seen.clear()
-
-    def hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def see(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-            if not self.seeing:
-                return
-            x: Tensor = inputs[0]
-            rows, mask = x.detach().reshape(-1, x.shape[-1]).float(), self.masks[self._batch]
-            if len(rows) == mask.numel():
-                rows = rows[mask.reshape(-1)]
-            if name not in self._totals:
-                self._totals[name] = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64)
-            self._totals[name] += rows.T @ rows
-            self._seen.add(name)
-            if self._stop and len(self._seen) == self.count:
-                raise _Stop
-
-        return see
-
-    def finished(self) -> dict[str, SecondMoment]:
-        tokens = sum(int(mask.sum()) for mask in self.masks)
-        found = {}
-        for name in list(self._totals):
-            total = self._totals.pop(name).div_(tokens).numpy()
-            try:
-                found[name] = SecondMoment(total)
-            except NumericsError as error:
-                raise NumericsError(
-                    f"layer {name!r}: its activations are not finite on the calibration text"
-                ) from error
-        return found
-
-
 def _stop(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-    raise _Stop
+    raise Stop
 
 
 def _caught(index: int, stand_in: Callable[[int, Tensor, Call], Any]) -> Callable[..., Any]:

@@ -13,7 +13,8 @@ from decoder_cases import FAMILIES, VOCABULARY, make_config, make_model
 from models_for_tests import ruined, set_weight
 
 from edgec import modeling
-from edgec.blocks import BlockWalker, HiddenStates
+from edgec.blocks.hidden_states import HiddenStates
+from edgec.blocks.walker import BlockWalker
 from edgec.calibration import Batches, pad
 from edgec.checkpoint import open_checkpoint
 from edgec.errors import NumericsError, UnsupportedModelError
