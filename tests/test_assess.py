@@ -14,6 +14,8 @@ from models_for_tests import set_weight, write_encoder
 
 from edgec.calibration import load_text
 
+pytestmark = pytest.mark.slow
+
 ONE_ROUND = ("--rounds", "1", "--threads", "1")
 LM_ROUND = (*ONE_ROUND, "--prompt-tokens", "8", "--new-tokens", "4")
 

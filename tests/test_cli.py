@@ -89,6 +89,7 @@ def test_export_says_what_it_made(
     assert tree(tmp_path / "again") == tree(tmp_path / "tiny-llama-onnx-x64")
 
 
+@pytest.mark.slow
 def test_export_in_another_process_gives_the_same_bytes(
     encoder_source: Path, encoder_artifact: Path, text_file: Path, tmp_path: Path
 ) -> None:
@@ -99,6 +100,7 @@ def test_export_in_another_process_gives_the_same_bytes(
     assert tree(tmp_path / "elsewhere") == tree(encoder_artifact)
 
 
+@pytest.mark.slow
 def test_profile_plan_compress_export_one_by_one(
     capsys: pytest.CaptureFixture[str], lm_source: Path, text_file: Path, tmp_path: Path
 ) -> None:

@@ -24,6 +24,8 @@ from edgec.records import Target
 from edgec.runtime import open_artifact
 from edgec.runtime.llama_cpp import LlamaCpp
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("llama_cpp", reason="needs the extra edgec[gguf]")
 
 OFF = HealSettings(mode="off")

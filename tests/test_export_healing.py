@@ -14,6 +14,8 @@ from edgec.plan.refine import Search
 from edgec.runtime.ort_encoder import OrtEncoder
 from edgec.workspace import Workspace
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def request_(encoder_source: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> pipeline.ExportRequest:

@@ -140,6 +140,7 @@ def _relative(actual: NDArray[Any], expected: NDArray[Any]) -> float:
 # --- constraints -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", ["dense:fp32", "dense:int4-b32", "uniform:0.5"])
 def test_an_encoder_embeds_like_the_dense_model(export: Export, encoder_source: Path, plan: str) -> None:
     done = export("encoder", plan=plan)
@@ -183,6 +184,7 @@ def test_a_constraint_that_no_runtime_here_executes_is_refused(export: Export) -
 BUDGETS = ["240kB", "0.42", "6bpw", "3bpw-linear", "4.6bpw-linear"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("budget", BUDGETS)
 def test_what_is_written_never_exceeds_the_budget(export: Export, lm_source: Path, budget: str) -> None:
     done = export("lm", budget=budget, quality=False)
@@ -233,6 +235,7 @@ def test_plan_and_budget_together_are_refused(lm_source: Path, tmp_path: Path) -
 # --- manifest and bytes ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_an_encoder_multiplies_as_it_is_told(export: Export) -> None:
     for arithmetic, product in [(None, "MatMulIntegerToFloat"), ("packed", "MatMulNBits")]:
         done = export("encoder", plan="dense:int4-b32", arithmetic=arithmetic)
@@ -281,6 +284,7 @@ def test_a_folder_holds_what_its_runtime_needs_and_no_trace_of_the_machine(expor
         assert trace not in raw
 
 
+@pytest.mark.slow
 def test_the_same_export_twice_gives_the_same_bytes(
     export: Export, lm_source: Path, text_file: Path, tmp_path: Path
 ) -> None:
@@ -393,6 +397,7 @@ def test_random_matrices_are_called_incompressible_and_stay_dense(
 # --- compressed folders ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["encoder", "lm"])
 def test_a_compressed_folder_exports_to_what_the_plan_gives_directly(
     export: Export, sources: dict[str, Path], text_file: Path, tmp_path: Path, name: str
@@ -432,6 +437,7 @@ def test_quality_of_a_compressed_folder_is_not_claimed_against_itself(lm_source:
 # --- arm64 -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"plan": "uniform:0.5"}, {"budget": "6bpw"}, {"plan": "dense:int4-b32"}])
 def test_arm64_gets_four_bits_by_default_blocks_of_32_and_whole_multiples(
     export: Export, options: dict[str, str]
@@ -479,6 +485,7 @@ def test_arm64_leaves_widths_that_are_no_multiple_of_32_in_fp16_and_says_so(text
     assert any("down_proj" in note and "fp16" in note for note in done.plan.notes)
 
 
+@pytest.mark.slow
 def test_a_cap_on_milliseconds_gives_a_quicker_plan(
     sources: dict[str, Path], profiles: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

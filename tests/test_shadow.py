@@ -13,6 +13,8 @@ from edgec import pipeline
 from edgec.errors import CalibrationError
 from edgec.shadow import Case, Shadow, read_traffic
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def traffic(tmp_path: Path) -> Path:

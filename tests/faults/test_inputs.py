@@ -251,6 +251,7 @@ def test_existing_output_is_kept_unless_forced(
     assert tree(tmp_path) == before
 
 
+@pytest.mark.slow
 def test_a_profile_of_another_checkpoint_is_stale(
     export: Callable[..., Said], model: Path, text_file: Path, tmp_path: Path
 ) -> None:

@@ -20,6 +20,8 @@ from edgec.export.onnx import exporter
 from edgec.outputs import written_file
 from edgec.pipeline import exporting
 
+pytestmark = pytest.mark.slow
+
 PLAN = ("--plan", "uniform:0.5", "--plain", "--no-quality")
 
 

@@ -10,6 +10,8 @@ import pytest
 from command_for_tests import check_failure, invoke
 from models_for_tests import tree
 
+pytestmark = pytest.mark.slow
+
 
 def test_a_causal_lm_from_the_command_line(
     capsys: pytest.CaptureFixture[str], lm_source: Path, text_file: Path, tmp_path: Path

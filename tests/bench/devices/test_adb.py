@@ -10,10 +10,10 @@ import os
 import shutil
 import stat
 import sys
-import time
 from pathlib import Path
 
 import pytest
+from processes_for_tests import ended
 
 from edgec.bench.devices import adb, file, open_device
 from edgec.bench.harness import BenchSettings, Contestant, run_bench
@@ -39,16 +39,6 @@ else:
     assert verb == "shell" and rest.pop(0) == "-T"
     os.execvp("sh", ["sh", "-c", there(" ".join(rest))])
 """
-
-
-def _ended(pid: int) -> bool:
-    """Whether the process has ended, or does within some seconds."""
-    for _ in range(100):
-        state = Path(f"/proc/{pid}/stat")
-        if not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z":
-            return True
-        time.sleep(0.1)
-    return False
 
 
 @pytest.fixture
@@ -163,7 +153,7 @@ def test_a_worker_that_hangs_is_ended_on_the_device(
         Job(str(encoder_folder), "encoder", 1, sentences=("a",)), timeout_s=2, on_line=lambda line: True
     )
     assert finished.stopped == "timeout"
-    assert _ended(int((tmp_path / "stuck.pid").read_text()))
+    assert ended(int((tmp_path / "stuck.pid").read_text()))
     device.close()
 
 

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from processes_for_tests import ended
 
 from edgec.bench.devices import _remote, open_device, ssh
 from edgec.bench.harness import BenchSettings, Contestant, run_bench
@@ -191,16 +192,6 @@ esac
 """
 
 
-def _gone(pid: int) -> bool:
-    """Whether the process has ended, or does within some seconds."""
-    for _ in range(100):
-        state = Path(f"/proc/{pid}/stat")
-        if not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z":
-            return True
-        time.sleep(0.1)
-    return False
-
-
 @pytest.mark.skipif(sys.platform != "linux" or shutil.which("setsid") is None, reason="reads /proc, needs setsid")
 @pytest.mark.parametrize("hidden", [[], ["timeout"]])
 def test_a_worker_that_hangs_is_ended_there_too(
@@ -224,7 +215,7 @@ def test_a_worker_that_hangs_is_ended_there_too(
     job = Job(str(encoder_folder), "encoder", 1, sentences=("a",))
     finished = device.measure(job, timeout_s=2, on_line=lambda line: True)
     assert finished.stopped == "timeout"
-    assert _gone(int((tmp_path / "stuck.pid").read_text()))
+    assert ended(int((tmp_path / "stuck.pid").read_text()))
     device.close()
 
 
@@ -322,5 +313,5 @@ def test_a_real_server_ends_a_worker_that_hangs(
     device = ssh.create(server)
     job = Job(str(encoder_folder), "encoder", 1, sentences=("a",))
     assert device.measure(job, timeout_s=3, on_line=lambda line: True).stopped == "timeout"
-    assert _gone(int((tmp_path / "stuck.pid").read_text()))
+    assert ended(int((tmp_path / "stuck.pid").read_text()))
     device.close()

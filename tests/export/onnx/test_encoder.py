@@ -325,6 +325,7 @@ def minilm() -> Iterator[Path]:
     yield Path(found.origin).parent / "model"
 
 
+@pytest.mark.slow
 def test_minilm(minilm: Path) -> None:
     pooling = read_pooling(minilm)
     assert pooling == Pooling("mean", normalize=True)
