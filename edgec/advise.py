@@ -13,6 +13,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ from edgec.bench import kernels
 from edgec.checkpoint import read_json
 from edgec.errors import CalibrationError, NumericsError, PlanError, UsageError
 from edgec.evaluate.language import torch_logits
-from edgec.export.targets import get_target
+from edgec.export.onnx.stack import write_stack
+from edgec.export.targets import get_target, offered
 from edgec.modeling import DECODER_TASK, Layer
 from edgec.plan import advice, hardware, verdict
 from edgec.plan.advice import Advice, Alternative, Desk, Limits
@@ -111,6 +113,7 @@ def advise(request: AdviceRequest, progress: pipeline.Progress) -> Advice:
     latency = parse_latency(request.latency) if request.latency is not None else None
     row = hardware.of_target(target)
     workspace = Workspace(request.model, request.calibration)
+    target = offered(target, encoder=workspace.task != DECODER_TASK)
     limits = Limits(ram, latency, parse_loss(request.max_loss, workspace.task), request.max_loss)
     facts = facts_of(workspace, request)
     rows = read_measured(request.measured, workspace.task, row) if request.measured is not None else []
@@ -217,7 +220,12 @@ def measure_costs(facts: Facts, layers: Sequence[Layer], target: Target, row: ha
     for name in target.dense_formats:
         firsts.setdefault(CoreFormat.parse(name).bits, name)
     task = CAUSAL_LM if facts.cache is not None else ENCODER
-    told = kernels.measure(task, list(firsts.values()), shape, weights, rows, threads)
+    write = partial(
+        write_stack,
+        accuracy_level=target.accuracy_level,
+        int8=task == ENCODER and target.encoder_arithmetic == "int8",
+    )
+    told = kernels.measure(task, list(firsts.values()), shape, weights, rows, write, threads)
     here = hardware.detect()
     return Costs(
         told.empty_rss_bytes,

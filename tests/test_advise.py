@@ -30,7 +30,9 @@ RAM = 60_000_000
 
 @pytest.fixture
 def rates(monkeypatch: pytest.MonkeyPatch) -> None:
-    def measure(task: str, formats: Any, shape: Any, weights: int, rows: int, threads: int = 0) -> RuntimeRates:
+    def measure(
+        task: str, formats: Any, shape: Any, weights: int, rows: int, write: Any, threads: int = 0
+    ) -> RuntimeRates:
         made = {name: KernelRate(name, rows, threads or 1, 0.05 * rows, 1.5, 10.0) for name in formats}
         return RuntimeRates(40_000_000, 15_000_000, 0.0, made)
 

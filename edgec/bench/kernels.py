@@ -2,9 +2,10 @@
 estimates are made from before an artifact exists.
 
 One graph per format holds a stack of equal matrix products with random weights, together as large as the model's own
-(so that caches help as much as they will), and runs in a fresh process (`edgec.bench.probe`). A plain copy benchmark
-of memory bandwidth was turned down as the only measure: 2-, 4- and 8-bit kernels are not equally near to it, and at
-the rows of a sentence none of them is bound by memory.
+(so that caches help as much as they will), and runs in a fresh process (`edgec.bench.probe`). Who asks brings the
+writer of the graph (`edgec.export.onnx.stack`), so that what is measured is what an export writes. A plain copy
+benchmark of memory bandwidth was turned down as the only measure: 2-, 4- and 8-bit kernels are not equally near to it,
+and at the rows of a sentence none of them is bound by memory.
 """
 
 from __future__ import annotations
@@ -12,17 +13,12 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-import onnx
-from numpy.typing import NDArray
-from onnx import TensorProto, helper
 
 from edgec.bench.devices.local import worker_environment
 from edgec.errors import BenchError
@@ -39,6 +35,11 @@ MIN_WEIGHTS = 1 << 21
 
 _SECONDS = 0.4
 _TIMEOUT_S = 120.0
+
+
+Write = Callable[[Path, CoreFormat, tuple[int, int], int], int]
+"""(folder, format, (out, in), copies) → writes model.onnx, a stack of so many products, into the existing folder; the
+stored bytes of their weights. Its inputs are all x [rows, in]."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,13 @@ class RuntimeRates:
 
 
 def measure(
-    task: str, formats: Sequence[str], shape: tuple[int, int], weights: int, rows: int, threads: int = 0
+    task: str,
+    formats: Sequence[str],
+    shape: tuple[int, int],
+    weights: int,
+    rows: int,
+    write: Write,
+    threads: int = 0,
 ) -> RuntimeRates:
     """Measure the runtime that executes `task`, and one probe per format, a fresh process each (about a second).
 
@@ -79,17 +86,16 @@ def measure(
     loader = "genai" if task == CAUSAL_LM else "ort_encoder"
     empty = _probe("", loader, rows, threads)["runtime_rss_bytes"]
     rates = {}
-    with tempfile.TemporaryDirectory(prefix="edgec-probe-") as folder:
-        _write(Path(folder) / "least.onnx", CoreFormat(32), 32, 32, 1)
-        least = _probe(str(Path(folder) / "least.onnx"), "ort_encoder", rows, threads)
-        session = max(0.0, least["peak_rss_bytes"] - least["runtime_rss_bytes"])
+    with tempfile.TemporaryDirectory(prefix="edgec-probe-") as work:
+        least = _written(Path(work) / "least", write, CoreFormat(32), (32, 32), 1)[0]
+        told = _probe(least, "ort_encoder", rows, threads)
+        session = max(0.0, told["peak_rss_bytes"] - told["runtime_rss_bytes"])
         for name in dict.fromkeys(formats):
             n, k = shape
             copies = max(1, round(min(max(weights, MIN_WEIGHTS), MAX_WEIGHTS) / (n * k)))
-            path = Path(folder) / f"{name}.onnx"
-            stored = _write(path, CoreFormat.parse(name), n, k, copies)
-            told = _probe(str(path), "ort_encoder", rows, threads)
-            path.with_suffix(".onnx.data").unlink()
+            model, stored = _written(Path(work) / name, write, CoreFormat.parse(name), shape, copies)
+            told = _probe(model, "ort_encoder", rows, threads)
+            shutil.rmtree(Path(work) / name)
             seconds = told["run_ms"] / 1e3
             rates[name] = KernelRate(
                 name,
@@ -101,6 +107,12 @@ def measure(
                 stored / seconds / 1e9,
             )
     return RuntimeRates(int(empty), int(session), load, rates)
+
+
+def _written(folder: Path, write: Write, fmt: CoreFormat, shape: tuple[int, int], copies: int) -> tuple[str, int]:
+    folder.mkdir()
+    stored = write(folder, fmt, shape, copies)
+    return str(folder / "model.onnx"), stored
 
 
 def _probe(model: str, loader: str, rows: int, threads: int) -> dict[str, float]:
@@ -117,46 +129,3 @@ def _probe(model: str, loader: str, rows: int, threads: int) -> dict[str, float]
     if not all(math.isfinite(value) and value > 0 for value in told.values()):
         raise BenchError(f"the runtime could not be measured: its probe answered {told}")
     return told
-
-
-def _write(path: Path, fmt: CoreFormat, n: int, k: int, copies: int) -> int:
-    """x [rows, k] → the last column of `copies` products; returns the stored bytes of all weights."""
-    generator = np.random.default_rng(0)
-    nodes, weights, ends = [], [], []
-    for i in range(copies):
-        inputs = ["x"]
-        if fmt.quantised:
-            blocks = fmt.blocks(k)
-            codes = generator.integers(0, 256, (n, blocks, fmt.block * fmt.bits // 8), dtype=np.uint8)
-            scales = np.full((n, blocks), 0.01, np.float16)
-            weights += [_tensor(f"codes{i}", codes), _tensor(f"scales{i}", scales)]
-            nodes.append(helper.make_node("Cast", [f"scales{i}"], [f"wide{i}"], to=TensorProto.FLOAT))
-            inputs += [f"codes{i}", f"wide{i}"]
-            attributes: dict[str, Any] = {"K": k, "N": n, "bits": fmt.bits, "block_size": fmt.block}
-            attributes["accuracy_level"] = 4
-            nodes.append(helper.make_node("MatMulNBits", inputs, [f"y{i}"], domain="com.microsoft", **attributes))
-        else:
-            # fp16 is stored and cast once when the session is created, as edgec's exports do.
-            values = generator.standard_normal((k, n), dtype=np.float32)
-            weights.append(_tensor(f"w{i}", values.astype(np.float16 if fmt.bits == 16 else np.float32)))
-            nodes.append(helper.make_node("Cast", [f"w{i}"], [f"wide{i}"], to=TensorProto.FLOAT))
-            nodes.append(helper.make_node("MatMul", ["x", f"wide{i}"], [f"y{i}"]))
-        # One column of each product keeps every product alive without adding up whole matrices.
-        nodes.append(helper.make_node("Gather", [f"y{i}", "last"], [f"end{i}"], axis=1))
-        ends.append(f"end{i}")
-    nodes.append(helper.make_node("Concat", ends, ["out"], axis=1))
-    graph = helper.make_graph(
-        nodes,
-        "probe",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["rows", k])],
-        [helper.make_tensor_value_info("out", TensorProto.FLOAT, ["rows", copies])],
-        [*weights, helper.make_tensor("last", TensorProto.INT64, [1], [n - 1])],
-    )
-    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
-    model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
-    onnx.save_model(model, str(path), save_as_external_data=True, location=path.name + ".data", size_threshold=1024)
-    return copies * fmt.stored_bytes((n, k))
-
-
-def _tensor(name: str, values: NDArray[Any]) -> onnx.TensorProto:
-    return onnx.numpy_helper.from_array(values, name)
