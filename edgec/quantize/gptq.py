@@ -18,7 +18,7 @@ from edgec.quantize.formats import (
     CoreFormat,
     QuantizedTensor,
     block_grid,
-    encode,
+    encoder,
     pad_blocks,
     storable_scales,
     stored_codes,
@@ -44,11 +44,12 @@ def quantize(core: NDArray[Any], fmt: CoreFormat, second_moment: SecondMoment | 
         scales[block], zeros[block] = block_grid(group, fmt, weights)
         errors = np.empty((stop - start, n), np.float32)
         within = np.ascontiguousarray(feedback[start:stop, start:stop].T)
+        encode = encoder(scales[block], zeros[block], fmt)
         for j, column in enumerate(range(start, stop)):
             # What the block's earlier columns push into this one, when it is needed: one product that reads their
             # errors once, where pushing from each into all later ones would rewrite the block for every column.
             work[column] -= within[j, :j] @ errors[:j]
-            level = encode(work[column], scales[block], zeros[block], fmt)
+            level = encode(work[column])
             codes[column] = stored_codes(level, fmt)
             errors[j] = (work[column] - (level - zeros[block]) * scales[block]) / within[j, j]
         work[stop:] -= feedback[start:stop, stop:].T @ errors
