@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,6 +66,15 @@ def load_text(file: Path | None = None) -> Text:
         topics: Mapping[str, str] = importlib.import_module("pydoc_data.topics").topics
         paragraphs = (p for name in sorted(topics) for p in topics[name].split("\n\n"))
         return Text("pydoc_data.topics", _clean(paragraphs))
+    content = read_utf8(file)
+    if file.suffix == ".jsonl":
+        return Text(file.name, tuple(text for _, text in json_lines(file, content, "text") if text.strip()))
+    blank_lines = "\n\n" in content
+    return Text(file.name, _clean(content.split("\n\n" if blank_lines else "\n"), keep_lines=True))
+
+
+def read_utf8(file: Path) -> str:
+    """A text file of at most MAX_CALIBRATION_BYTES, its line ends "\\n". Raises CalibrationError."""
     try:
         with file.open("rb") as stream:  # a pipe has no size, so the cap is on what is read
             raw = stream.read(limits.MAX_CALIBRATION_BYTES + 1)
@@ -73,32 +82,30 @@ def load_text(file: Path | None = None) -> Text:
             raise CalibrationError(
                 f"{file}: larger than {limits.MAX_CALIBRATION_BYTES // 1_000_000} MB; a sample is enough"
             )
-        content = raw.decode("utf-8-sig").replace("\r\n", "\n")
+        return raw.decode("utf-8-sig").replace("\r\n", "\n")
     except OSError as error:
         raise CalibrationError(f"{file}: cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
         raise CalibrationError(f"{file}: not UTF-8 (byte {error.start})") from error
-    if file.suffix == ".jsonl":
-        return Text(file.name, tuple(_jsonl(file, content)))
-    blank_lines = "\n\n" in content
-    return Text(file.name, _clean(content.split("\n\n" if blank_lines else "\n"), keep_lines=True))
 
 
-def _jsonl(file: Path, content: str) -> Sequence[str]:
-    items = []
+def json_lines(file: Path, content: str, *keys: str) -> Iterator[tuple[int, str]]:
+    """Number and text of every line that is not empty: a JSON string, or the first of `keys` that an object has.
+
+    Raises CalibrationError naming the line.
+    """
     for number, line in enumerate(content.split("\n"), start=1):  # splitlines would cut strings at U+2028
         if not line.strip():
             continue
         try:
             entry = parse_json(line, f"{file}:{number}")
         except CheckpointError as error:
-            raise CalibrationError(str(error)) from error
-        text = entry.get("text") if isinstance(entry, dict) else entry
+            raise CalibrationError(f"{error}; expected one JSON value per line") from error
+        text = next((entry[key] for key in keys if key in entry), None) if isinstance(entry, dict) else entry
         if not isinstance(text, str):
-            raise CalibrationError(f'{file}:{number}: expected a string or an object with "text"')
-        if text.strip():
-            items.append(text.encode("utf-8", "replace").decode())  # JSON can spell half a surrogate pair
-    return items
+            wanted = " or ".join(f'"{key}"' for key in keys)
+            raise CalibrationError(f"{file}:{number}: expected a string or an object with {wanted}")
+        yield number, text.encode("utf-8", "replace").decode()  # JSON can spell half a surrogate pair
 
 
 def _clean(items: Any, keep_lines: bool = False) -> tuple[str, ...]:

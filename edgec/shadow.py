@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,8 +16,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from edgec import limits
-from edgec.checkpoint import parse_json, read_json
+from edgec.calibration import json_lines, read_utf8
+from edgec.checkpoint import read_json
 from edgec.errors import CalibrationError, CheckpointError, UsageError
 from edgec.evaluate.embeddings import cosine, torch_embedder
 from edgec.evaluate.language import torch_logits
@@ -101,30 +102,11 @@ class Shadow:
 
 def read_traffic(path: Path, limit: int = MAX_PROMPTS) -> list[Prompt]:
     """A .jsonl of strings, or of objects with "prompt" or "text". Raises CalibrationError naming the line."""
-    try:
-        size = path.stat().st_size
-        if not path.is_file() or size > limits.MAX_CALIBRATION_BYTES:
-            raise CalibrationError(f"{path}: not a file of at most {limits.MAX_CALIBRATION_BYTES} bytes")
-        raw = path.read_bytes()
-    except OSError as error:
-        raise CalibrationError(f"{path}: cannot be read ({error.strerror})") from error
-    prompts: list[Prompt] = []
-    for number, line in enumerate(raw.split(b"\n"), start=1):
-        if not line.strip():
-            continue
-        if len(prompts) == limit:
-            break
-        where = f"{path}, line {number}"
-        try:
-            value = parse_json(line.decode("utf-8"), where)
-        except (UnicodeDecodeError, CheckpointError) as error:
-            told = "not UTF-8" if isinstance(error, UnicodeDecodeError) else str(error).removeprefix(f"{where}: ")
-            raise CalibrationError(f"{where}: {told}; expected one JSON value per line") from error
-        if isinstance(value, dict):
-            value = value.get("prompt", value.get("text"))
-        if not isinstance(value, str) or not value.strip():
-            raise CalibrationError(f'{where}: expected a string, or an object with "prompt" or "text"')
-        prompts.append(Prompt(number, value))
+    prompts = []
+    for number, text in islice(json_lines(path, read_utf8(path), "prompt", "text"), limit):
+        if not text.strip():
+            raise CalibrationError(f"{path}:{number}: the prompt is empty")
+        prompts.append(Prompt(number, text))
     if not prompts:
         raise CalibrationError(f"{path}: no prompts in it")
     return prompts

@@ -20,6 +20,7 @@ pytestmark = pytest.mark.slow
 def traffic(tmp_path: Path) -> Path:
     path = tmp_path / "prompts.jsonl"
     lines = ['"Once upon a time"', '{"prompt": "The cat sat on the mat."}', "", '{"text": "12 + 30 = ü"}']
+    lines += ['"half \\ud83d"']
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
 
@@ -30,19 +31,20 @@ def test_traffic_in_all_its_forms(traffic: Path) -> None:
         (1, "Once upon a time"),
         (2, "The cat sat on the mat."),
         (4, "12 + 30 = ü"),
+        (5, "half ?"),
     ]
     assert len(read_traffic(traffic, 2)) == 2
 
 
 BAD = {
-    b'"a"\n{"prompt": 3}': r"line 2: expected a string, or an object",
-    b'"a"\n\n"b': r"line 3: not JSON",
-    b'"a"\n\xff\xfe': r"line 2: not UTF-8",
-    b'{"prompt": "a", "prompt": "b"}': r"line 1: key 'prompt' appears twice",
-    b"[" * 100_000: r"line 1: JSON nested deeper",
-    b'"  "': r"line 1: expected a string",
+    b'"a"\n{"prompt": 3}': r'jsonl:2: expected a string or an object with "prompt" or "text"',
+    b'"a"\n\n"b': r"jsonl:3: not JSON",
+    b'"a"\n\xff\xfe': r"not UTF-8 \(byte 4\)",
+    b'{"prompt": "a", "prompt": "b"}': r"jsonl:1: key 'prompt' appears twice",
+    b"[" * 100_000: r"jsonl:1: JSON nested deeper",
+    b'"  "': r"jsonl:1: the prompt is empty",
     b"\n\n": r"no prompts in it",
-    b"NaN": r"line 1: NaN is not JSON",
+    b"NaN": r"jsonl:1: NaN is not JSON",
 }
 
 
