@@ -24,6 +24,10 @@ DAMPING = 0.01
 _ROOT_DAMPING = 1e-6
 """Share of the mean diagonal added for the square root: enough to make a rank-deficient H factorizable."""
 
+UNSEEN = 0.5
+"""Share of a table's reads that is taken to fall on any row alike: calibration text reads a few thousand tokens of a
+vocabulary, and another text reads others (measured: a third of the tokens of STS-B are not in the default text)."""
+
 
 class SecondMoment:
     """matrix: [k, k], symmetric positive semi-definite. Raises NumericsError when it is not finite."""
@@ -88,3 +92,19 @@ class TableMoment(SecondMoment):
         if not (np.isfinite(rows).all() and (rows >= 0).all()):
             raise NumericsError("how often a table's rows are read is negative, NaN or Inf")
         self.rows: NDArray[np.float32] = np.asarray(rows, dtype=np.float32)
+
+    @classmethod
+    def of_reads(cls, shares: Array, width: int) -> TableMoment:
+        """Where no gradient was measured: rows count by their share of all reads [v], columns all alike.
+
+        That is most of it: all-MiniLM-L6-v2's table in 2 and 4 bits, the rest of a plan of 5 bits as it is, brings
+        1 - cosine to 0.0074 on held-out text if rows count alike, to 0.0039 so, and to 0.0038 by gradients.
+        """
+        return cls(np.eye(width, dtype=np.float32), smoothed(shares))
+
+
+def smoothed(frequencies: Array) -> Array:
+    """What a table's rows count [v], with `UNSEEN` of the whole shared out evenly; the sum stays."""
+    total = frequencies.sum(dtype=np.float64)
+    even = total / len(frequencies) if total > 0 else 1 / len(frequencies)
+    return np.asarray((1 - UNSEEN) * frequencies + UNSEEN * even, dtype=np.float32)

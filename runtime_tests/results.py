@@ -46,7 +46,7 @@ FIGURES: Mapping[str, tuple[str, str]] = {
         "stories260K, every method at equal bits",
         "python -m runtime_tests.frontier stories --search greedy:40s --heal 300steps",
     ),
-    "headlines": ("The sources' headlines", "python -m runtime_tests.frontier headlines --heal 600steps"),
+    "headlines": ("The sources' headlines", "python -m runtime_tests.frontier headlines --heal 1500steps"),
     "streaming": ("Compression of models too large to hold", "python -m runtime_tests.streaming"),
     "shape-1b": (
         "Llama 3.2 1B shape, random weights: both runtimes against dense peers",

@@ -37,7 +37,7 @@ from edgec.contraction import Gather, evaluate
 from edgec.errors import EdgecError
 from edgec.fit import Core, Factors, contraction_of, fit
 from edgec.modeling import Layer
-from edgec.moments import SecondMoment
+from edgec.moments import SecondMoment, TableMoment
 from edgec.outputs import work_folder
 from edgec.quantize.formats import LayerFormat, QuantizedTensor, storable_scales
 from edgec.records import Choice, Plan
@@ -157,8 +157,8 @@ def _rows(core: Core, ids: NDArray[np.int64]) -> NDArray[np.float32]:
 
 
 def _calibrated(choice: Choice) -> bool:
-    """Does its fit look at activations? Lookups and unquantised dense layers do not."""
-    return choice.role != "embedding" and (choice.spec.kind != "dense" or LayerFormat.parse(choice.format).quantised)
+    """Does its fit look at what the model does? Dense tables and unquantised dense layers do not."""
+    return choice.spec.kind != "dense" or (choice.role != "embedding" and LayerFormat.parse(choice.format).quantised)
 
 
 class _Run:
@@ -233,7 +233,10 @@ class _Run:
         """
         waiting = set(self.tables.values())
         for name in names:
-            fitted = self.fit(name, walker.weight(name), None)
+            weight, moment = walker.weight(name), None
+            if name == walker.embedding and _calibrated(self.choices[name]):
+                moment = TableMoment.of_reads(walker.reads(), weight.shape[1])
+            fitted = self.fit(name, weight, moment)
             if name == walker.embedding:
                 walker.set_table(partial(table_rows, fitted))
             else:

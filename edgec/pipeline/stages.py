@@ -140,7 +140,7 @@ def fit_whole(workspace: Workspace, made: Plan, batches: Batches | None, progres
         workspace.layers,
         batches,
         pooling=workspace.pooling,
-        curvature=False,
+        curvature=any(c.role == "embedding" and c.spec.kind != "dense" for c in made.choices),
         progress=lambda done, total: progress("calibrating", done, total),
     )
     found = Profile(workspace.checkpoint.fingerprint, workspace.text.origin, statistics.tokens, (), statistics)

@@ -30,14 +30,10 @@ from edgec.calibration import Batches
 from edgec.errors import NumericsError
 from edgec.evaluate.embeddings import embed_batch
 from edgec.modeling import Layer
-from edgec.moments import SecondMoment, TableMoment
+from edgec.moments import SecondMoment, TableMoment, smoothed
 from edgec.pooling import Pooling
 
 Array = NDArray[Any]
-
-UNSEEN = 0.5
-"""Share of a table's reads that is taken to fall on any row alike: calibration text reads a few thousand tokens of a
-vocabulary, and another text reads others (measured: a third of the tokens of STS-B are not in the default text)."""
 
 MAX_CURVATURE = 4096
 """Widest output whose full curvature matrix is kept [features]; wider ones (vocabularies) keep the diagonal."""
@@ -101,13 +97,6 @@ class Statistics:
         # Σ g gᵀ of a sentence holds (Σ g)(Σ g)ᵀ ÷ its length; the mean length serves for all.
         apart = _traced(g - g_mean * np.float32(self.sentences / self.tokens), e, h - h_mean)
         return 0.5 * (_traced(g_mean, e, h_mean) + max(apart, 0.0))
-
-
-def smoothed(frequencies: Array) -> Array:
-    """What a table's rows count [v], with `UNSEEN` of the whole shared out evenly; the sum stays."""
-    total = frequencies.sum(dtype=np.float64)
-    even = total / len(frequencies) if total > 0 else 1 / len(frequencies)
-    return np.asarray((1 - UNSEEN) * frequencies + UNSEEN * even, dtype=np.float32)
 
 
 def _traced(g: Array, e: Array, h: Array) -> float:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import edgec
 from edgec import modeling
+from edgec.blocks.stored_weights import StoredWeights
 from edgec.calibration import Batches, pad
 from edgec.checkpoint import Checkpoint, open_checkpoint
 from edgec.compress.apply import fit_choices
@@ -25,11 +26,11 @@ from edgec.errors import EdgecError, NumericsError
 from edgec.export.targets import get_target
 from edgec.fit import Factors
 from edgec.modeling import Layer
-from edgec.moments import SecondMoment
+from edgec.moments import SecondMoment, TableMoment, smoothed
 from edgec.plan.files import write_plan
-from edgec.plan.planner import constrained_plan
+from edgec.plan.planner import constrained_plan, make_choice
 from edgec.profile.activations import collect
-from edgec.quantize.formats import QuantizedTensor
+from edgec.quantize.formats import CoreFormat, QuantizedTensor
 from edgec.records import Choice, Plan, Spec
 
 HALF = "uniform:0.5:int4-b32"
@@ -245,6 +246,24 @@ def test_large_matrices_are_fitted_row_by_row(role: str, name: str, monkeypatch:
     assert isinstance(b, QuantizedTensor) and a.scales.dtype == b.scales.dtype and a.shape == b.shape
     # GPTQ sums its products in another order where there are fewer rows: a number on the border may round elsewhere.
     assert np.linalg.norm(whole.dense() - parts.dense()) < 0.02 * np.linalg.norm(whole.dense() - weight)
+
+
+def test_rows_of_a_factored_table_count_by_how_often_they_are_read(encoder_source: Path) -> None:
+    _, layers, plan = planned(encoder_source, "dense:int4-b32")
+    (table,) = (layer for layer in layers if layer.name == "embeddings.word_embeddings")
+    narrow = make_choice(table, Spec("table_svd", (table.shape[1] // 4,)), CoreFormat.parse("fp16"))
+    factors, moments = streamed(encoder_source, [narrow if c.layer == table.name else c for c in plan.choices])
+    counts = np.zeros(table.shape[0])
+    for batch in some_batches().items:
+        counts += np.bincount(batch["input_ids"][batch["attention_mask"].bool()], minlength=len(counts))
+    moment = moments.pop(table.name)
+    assert isinstance(moment, TableMoment)
+    assert all(moments[c.layer] is None for c in plan.choices if c.role == "embedding" and c.layer != table.name)
+    np.testing.assert_allclose(moment.rows, smoothed(counts / counts.sum()), rtol=1e-5)
+    weight = StoredWeights(checkpoint := open_checkpoint(encoder_source), modeling.skeleton(checkpoint))(table.name)
+    plain = fit_by_rows(narrow, weight, None)
+    seen, even = (counts @ ((weight - f.dense()) ** 2).sum(1) for f in (factors[table.name], plain))
+    assert seen < 0.99 * even
 
 
 def test_rows_of_a_table() -> None:

@@ -18,9 +18,9 @@ from edgec.compress.apply import apply_factors
 from edgec.errors import NumericsError
 from edgec.evaluate.embeddings import cosine, embed_batches
 from edgec.evaluate.language import compare, torch_logits
-from edgec.moments import TableMoment
+from edgec.moments import UNSEEN, TableMoment, smoothed
 from edgec.pooling import Pooling
-from edgec.profile.activations import UNSEEN, Statistics, collect, smoothed
+from edgec.profile.activations import Statistics, collect
 from edgec.profile.profiler import Scorer
 from edgec.quantize.formats import CoreFormat
 from edgec.records import Spec

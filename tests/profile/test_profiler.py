@@ -18,9 +18,10 @@ from edgec.errors import NumericsError, OutputError, ProfileError
 from edgec.export.targets import all_targets
 from edgec.fit import FactorCache
 from edgec.modeling import Layer
+from edgec.moments import smoothed
 from edgec.plan.candidates import candidates
 from edgec.pooling import Pooling
-from edgec.profile.activations import Statistics, smoothed
+from edgec.profile.activations import Statistics
 from edgec.profile.profiler import Scorer, build_profile
 from edgec.profile.store import Profile, load_profile, save_profile
 from edgec.quantize.formats import CoreFormat
