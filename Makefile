@@ -21,7 +21,7 @@ PYTEST = $(OFFLINE) OMP_NUM_THREADS=1 EDGEC_ASSETS="$${EDGEC_ASSETS:-$$(pwd)/../
 help:
 	@echo 'make demo       compress a real model for x86-64 and arm64, measure it, write demo-out/report.html'
 	@echo 'make test       every test (also what CI runs, after make lint)'
-	@echo 'make test-fast  the everyday ones: unit tests but those marked slow'
+	@echo 'make test-fast  the everyday suite: unit tests except those marked slow'
 	@echo 'make lint       ruff, mypy, import contracts'
 	@echo 'make results    RESULTS.md: every figure that README.md quotes, measured again (hours); FIGURES="minilm" for some'
 	@echo 'make setup      .venv/ with everything that the above need but llama.cpp; they call it themselves'

@@ -220,11 +220,8 @@ def measure_costs(facts: Facts, layers: Sequence[Layer], target: Target, row: ha
     for name in target.dense_formats:
         firsts.setdefault(CoreFormat.parse(name).bits, name)
     task = CAUSAL_LM if facts.cache is not None else ENCODER
-    write = partial(
-        write_stack,
-        accuracy_level=target.accuracy_level,
-        int8=task == ENCODER and target.encoder_arithmetic == "int8",
-    )
+    int8 = target.multiplies_in_int8(encoder=task == ENCODER)
+    write = partial(write_stack, accuracy_level=target.accuracy_level, int8=int8)
     told = kernels.measure(task, list(firsts.values()), shape, weights, rows, write, threads)
     here = hardware.detect()
     return Costs(

@@ -16,8 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
+from numpy.typing import NDArray
 from torch import Tensor
 
 from edgec import limits
@@ -86,7 +88,8 @@ def read_utf8(file: Path) -> str:
     except OSError as error:
         raise CalibrationError(f"{file}: cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
-        raise CalibrationError(f"{file}: not UTF-8 (byte {error.start})") from error
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise CalibrationError(f"{file}:{line}: not UTF-8 (byte {error.start})") from error
 
 
 def json_lines(file: Path, content: str, *keys: str) -> Iterator[tuple[int, str]]:
@@ -135,6 +138,11 @@ class Batches:
     @property
     def tokens(self) -> int:
         return int(sum(int(b["attention_mask"].sum()) for b in self.items))
+
+    def reads(self, rows: int) -> NDArray[np.float64]:
+        """The share of all tokens that each row of a table of so many rows is read by [rows]."""
+        ids = torch.cat([b["input_ids"][b["attention_mask"].bool()] for b in self.items])
+        return np.asarray(np.bincount(ids.numpy(), minlength=rows) / max(1, len(ids)))
 
 
 def tokenize(

@@ -169,6 +169,10 @@ class Target:
         own = {"dense": self.dense_formats, "residual": self.residual_formats, "disentangled": self.rotated_formats}
         return own.get(kind, self.factored_formats)
 
+    def multiplies_in_int8(self, *, encoder: bool) -> bool:
+        """Are a model's quantised matrices unpacked to int8 when a session is created? A decoder's never are."""
+        return encoder and self.encoder_arithmetic == "int8"
+
 
 @dataclass(frozen=True)
 class Spread:

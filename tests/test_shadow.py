@@ -37,7 +37,7 @@ def test_traffic_in_all_its_forms(traffic: Path) -> None:
 BAD = {
     b'"a"\n{"prompt": 3}': r'jsonl:2: expected a string or an object with "prompt" or "text"',
     b'"a"\n\n"b': r"jsonl:3: not JSON",
-    b'"a"\n\xff\xfe': r"not UTF-8 \(byte 4\)",
+    b'"a"\n\xff\xfe': r"jsonl:2: not UTF-8 \(byte 4\)",
     b'{"prompt": "a", "prompt": "b"}': r"jsonl:1: key 'prompt' appears twice",
     b"[" * 100_000: r"jsonl:1: JSON nested deeper",
     b'"  "': r"jsonl:1: the prompt is empty",

@@ -60,7 +60,7 @@ def test_a_hang_is_killed_with_its_children(tmp_path: Path) -> None:
     done = run(python(code), timeout_s=2)
     assert done.stopped == "timeout" and time.monotonic() - started < 15
     assert "without finishing" in done.reason()
-    assert ended(int(pid_file.read_text()))
+    assert ended(int(pid_file.read_text()), seconds=5)
 
 
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])

@@ -124,13 +124,6 @@ class BlockWalker:
             raise NumericsError(f"tensor {place!r} holds NaN or Inf; expected finite weights")
         return torch.from_numpy(values)
 
-    def reads(self) -> NDArray[np.float64]:
-        """The share of the batches' tokens that reads each row of the input embedding [v]."""
-        ids = torch.cat([batch["input_ids"][batch["attention_mask"].bool()] for batch in self.batches.items])
-        assert self.embedding is not None
-        counts = np.bincount(ids.numpy(), minlength=len(self.weight(self.embedding))).astype(np.float64)
-        return np.asarray(counts / max(1, len(ids)))
-
     def set_table(self, rows: Rows) -> None:
         """Look the tokens of the batches up in these rows from now on; the table itself is not held."""
         assert self.embedding is not None

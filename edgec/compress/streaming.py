@@ -235,7 +235,7 @@ class _Run:
         for name in names:
             weight, moment = walker.weight(name), None
             if name == walker.embedding and _calibrated(self.choices[name]):
-                moment = TableMoment.of_reads(walker.reads(), weight.shape[1])
+                moment = TableMoment.of_reads(walker.batches.reads(len(weight)), weight.shape[1])
             fitted = self.fit(name, weight, moment)
             if name == walker.embedding:
                 walker.set_table(partial(table_rows, fitted))

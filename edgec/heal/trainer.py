@@ -107,16 +107,15 @@ class HealRun:
             logger.info("healing: step %d, %.0f s, held-out divergence %.5f", state.step, state.seconds, value)
             if value < state.best_value:
                 state = replace(state, best=_copy(parameters), best_value=value, best_step=state.step)
-            elif turns and math.isfinite(value):  # blocks that learnt on their own may have parted from one another
-                notes.append("what the blocks learnt on their own did not help together, and was undone")
+            elif turns or not value < (math.inf if local else _DIVERGED * state.best_value):
                 _restore(parameters, state.best)
                 optimizer.state.clear()
-            elif not value < (math.inf if local else _DIVERGED * state.best_value):
-                restarts += 1
-                notes.append(f"diverged at step {state.step}; went back to the best state at half the rate")
-                _restore(parameters, state.best)
-                optimizer.state.clear()
-                state = replace(state, damping=state.damping / 2)
+                if turns and math.isfinite(value):  # the blocks have parted from one another
+                    notes.append("what the blocks learnt on their own did not help together, and was undone")
+                else:
+                    restarts += 1
+                    notes.append(f"diverged at step {state.step}; went back to the best state at half the rate")
+                    state = replace(state, damping=state.damping / 2)
             self._save(state, parameters, optimizer)
             if share >= 1 or restarts > _MAX_RESTARTS:
                 break

@@ -44,7 +44,7 @@ def paced(goal: Goal, target: Target, task: str, progress: Progress) -> Goal:
     samples = microbench.measure(
         threads=physical_cores(),
         accuracy_level=target.accuracy_level,
-        unpacked=task != DECODER_TASK and target.encoder_arithmetic == "int8",
+        unpacked=target.multiplies_in_int8(encoder=task != DECODER_TASK),
         progress=lambda done, total: progress("timing kernels", done, total),
     )
     costs = fit_costs(samples)

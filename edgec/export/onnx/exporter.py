@@ -64,7 +64,7 @@ def write_model(
     `out`.
     """
     decodes = isinstance(graph, decoder.DecoderGraph)
-    int8 = not decodes and target.encoder_arithmetic == "int8"
+    int8 = target.multiplies_in_int8(encoder=not decodes)
     lower(graph, factors, accuracy_level=target.accuracy_level, int8=int8)
     if isinstance(graph, decoder.DecoderGraph) and graph.tied and not {graph.head, graph.embedding} & set(factors):
         decoder.share_tied_table(graph)

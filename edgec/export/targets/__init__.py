@@ -29,4 +29,4 @@ def offered(target: Target, *, encoder: bool) -> Target:
     Beside int8 products, a rotation is too slow to be worth its 4 to 8 % less error: it takes a tenth to a fifth of
     MiniLM's time. A plan that names one is still run.
     """
-    return replace(target, rotated_formats=()) if encoder and target.encoder_arithmetic == "int8" else target
+    return replace(target, rotated_formats=()) if target.multiplies_in_int8(encoder=encoder) else target
