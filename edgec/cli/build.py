@@ -53,7 +53,7 @@ def export(
     plain: Annotated[bool, typer.Option("--plain", help="fit a --plan without activations (speed tests)")] = False,
     arithmetic: Annotated[
         str | None,
-        typer.Option(help="of an ONNX encoder: int8 (fast in batches) or packed (least memory); default: the target's"),
+        typer.Option(help="of an ONNX encoder: int8 (fast in batches) or packed (less error); default: the target's"),
     ] = None,
     no_quality: Annotated[bool, typer.Option("--no-quality", help="skip the quality figures (random weights)")] = False,
     force: Force = False,
