@@ -25,6 +25,8 @@ _LOSSES: tuple[tuple[str, str, Callable[[float], float]], ...] = (
 )
 """Quality figures as losses, most telling first: (key, label, to a loss)."""
 
+_NOTHING = 1e-5
+"""A loss from zero to this is rounding: a dense model beside itself [any of the losses above]."""
 _LABELLED = 10
 """Most points with their names; more would cover one another."""
 _LETTER = 6.8
@@ -56,7 +58,19 @@ def front(points: Sequence[_Point]) -> list[_Point]:
     return best
 
 
+def _at_the_bottom(points: Sequence[_Point]) -> tuple[list[_Point], bool]:
+    """Losses that are rounding only, raised to a third of the least real one, and whether there were any: on a
+    logarithmic axis 1e-12 would press all others together. Where a loss is negative the axis is linear anyway.
+    """
+    real = [loss for _, _, loss in points if loss > _NOTHING]
+    if not real or len(real) == len(points) or any(loss < 0 for _, _, loss in points):
+        return list(points), False
+    floor = min(real) / 3
+    return [(name, size, max(loss, floor)) for name, size, loss in points], True
+
+
 def _scatter(points: Sequence[_Point], label: str, subject: str) -> plots.Plot:
+    points, raised = _at_the_bottom(points)
     figure, axes = plots.figure(_HEIGHT_IN, (0.17, 0.15, 0.8, 0.8))
     line = front(points)
     if len(line) > 1:
@@ -75,6 +89,8 @@ def _scatter(points: Sequence[_Point], label: str, subject: str) -> plots.Plot:
     if len(points) <= _LABELLED:
         _names(axes, points)
     note = f"{label}; down and left is better; dotted: what nothing here beats in both"
+    if raised:
+        note += f"; what loses less than {_NOTHING:.5f} stands at the bottom"
     return plots.Plot("Size against quality", note, plots.svg(figure, f"scatter {label} {sorted(points)}"))
 
 

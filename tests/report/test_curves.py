@@ -46,6 +46,19 @@ def test_quality_is_drawn_where_two_rows_share_a_figure() -> None:
     assert curves.size_against_quality([rows[0], row("c", quality={"kl": 0.2})], "a") is None
 
 
+def test_a_loss_of_rounding_does_not_press_the_others_together() -> None:
+    def made(*losses: float) -> tuple[list[float], bool]:
+        drawn, raised = curves._at_the_bottom([(str(loss), 1.0, loss) for loss in losses])
+        return [loss for _, _, loss in drawn], raised
+
+    assert made(1e-12, 0.003, 0.4) == ([0.001, 0.003, 0.4], True)
+    assert made(0.0, 0.3) == ([pytest.approx(0.1), 0.3], True)
+    for as_they_are in ((0.003, 0.4), (-0.001, 1e-7, 0.2), (0.0, 1e-9)):
+        assert made(*as_they_are) == (list(as_they_are), False)
+    shown = curves.size_against_quality([row("dense", quality={"kl": 0.0}), row("b", quality={"kl": 0.1})], "b")
+    assert shown is not None and "what loses less than 0.00001 stands at the bottom" in shown.note
+
+
 def test_twenty_points_are_drawn_without_names() -> None:
     made = curves.size_against_quality([row(f"n{i}", 10**6 + i, quality={"kl": 0.1 + i}) for i in range(20)], "n0")
     assert made is not None and ">n3<" not in made.svg
