@@ -7,6 +7,7 @@ because every candidate of a layer needs the same ones.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -20,6 +21,9 @@ Array = NDArray[Any]
 
 DAMPING = 0.01
 """Share of the mean diagonal added for GPTQ's feedback (the GPTQ paper's value)."""
+
+_DRIFT_DAMPING = 0.02
+"""Share of the mean diagonal added where a weight makes up for drift; the optimum is flat from 0.005 to 0.1."""
 
 _ROOT_DAMPING = 1e-6
 """Share of the mean diagonal added for the square root: enough to make a rank-deficient H factorizable."""
@@ -68,6 +72,12 @@ class SecondMoment:
         e = np.asarray(rows, dtype=np.float32)
         return float(np.einsum("ij,ij->", e @ self.matrix.astype(np.float32), e))
 
+    def divided(self, rows: Array, share: float) -> NDArray[np.float32]:
+        """rows [n, k] times the inverse of H + `share` of its mean diagonal, float32 [n, k]."""
+        lower = self._factor(self.matrix, share)
+        solved, _ = lapack.dpotrs(lower, np.asarray(rows.T, dtype=np.float64, order="F"), lower=1, overwrite_b=1)
+        return np.asarray(solved.T, dtype=np.float32)
+
     @staticmethod
     def _factor(matrix: NDArray[np.float64], share: float) -> NDArray[np.float64]:
         mean = float(np.trace(matrix)) / len(matrix)
@@ -80,6 +90,45 @@ class SecondMoment:
                 return np.asarray(lower, dtype=np.float64)
             damping *= 10
         raise NumericsError("the second moment of the layer's input is not positive semi-definite")
+
+
+@dataclass(frozen=True, eq=False)
+class Drift:
+    """How far compression has moved what a layer works on: x for the dense model, x̃ here.
+
+    inputs: E[(x − x̃) x̃ᵀ], float32 [k, k]. sums: E[(r − r̃) x̃ᵀ], float32 [n, k], where the layer's output is added to a
+    tensor r (the residual stream); None where it is not.
+    """
+
+    inputs: NDArray[np.float32]
+    sums: NDArray[np.float32] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """What a layer was seen to work on. moment: of its input. drift: from the dense model's; None where that was not
+    looked at.
+    """
+
+    moment: SecondMoment
+    drift: Drift | None = None
+
+    def target(self, weight: Array) -> Array:
+        """What to fit in place of `weight` W [n, k]: W itself without drift, else, float32, the matrix that on x̃ comes
+        closest to what W gives on x. Least squares of r + W x − r̃ − W̃ x̃, damped towards W:
+
+            W̃ = W + (W E[(x − x̃) x̃ᵀ] + E[(r − r̃) x̃ᵀ]) (E[x̃ x̃ᵀ] + λ)⁻¹
+
+        What is fitted to W̃ under the moment of x̃ is fitted to the dense model's outputs, whatever its form. Fitting to
+        outputs is the asymmetric calibration of GPTAQ (Li et al. 2025, arXiv 2504.02692); r is edgec's addition.
+        """
+        if self.drift is None:
+            return weight
+        dense = np.asarray(weight, np.float32)
+        missing = dense @ self.drift.inputs
+        if self.drift.sums is not None:
+            missing += self.drift.sums
+        return dense + self.moment.divided(missing, _DRIFT_DAMPING)
 
 
 class TableMoment(SecondMoment):

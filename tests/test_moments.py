@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgec.errors import NumericsError
-from edgec.moments import DAMPING, SecondMoment
+from edgec import moments
+from edgec.moments import DAMPING, Drift, SecondMoment, Seen
 
 
 def moment(width: int, samples: int, seed: int = 0) -> np.ndarray[Any, Any]:
@@ -52,6 +53,42 @@ def test_float32_noise_below_zero_is_damped_away() -> None:
     found = SecondMoment(x.T @ x)
     assert np.isfinite(found.root).all()
     assert np.isfinite(found.feedback).all()
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=st.integers(1, 9), width=st.integers(1, 20), samples=st.integers(1, 60), seed=st.integers(0, 99),
+    added=st.booleans(),
+)  # fmt: skip
+def test_the_target_makes_up_for_drift(rows: int, width: int, samples: int, seed: int, added: bool) -> None:
+    """Ridge regression of what the dense model adds up, in float64, from the samples themselves."""
+    rng = np.random.default_rng(seed)
+    weight = rng.standard_normal((rows, width)).astype(np.float32)
+    x = rng.standard_normal((samples, width))
+    drifted = x + 0.3 * rng.standard_normal((samples, width)) * np.linspace(0.1, 2, width)
+    residual = rng.standard_normal((samples, rows)) if added else np.zeros((samples, rows))
+    drift = Drift(
+        ((x - drifted).T @ drifted / samples).astype(np.float32),
+        (residual.T @ drifted / samples).astype(np.float32) if added else None,
+    )
+    moment = SecondMoment(drifted.T @ drifted / samples)
+    found = Seen(moment, drift).target(weight)
+    damping = moments._DRIFT_DAMPING * np.trace(moment.matrix) / width
+    # Σ‖r − r̃ + W x − (W + C) x̃‖² / samples + damping ‖C‖² is least for this C:
+    missing = residual + (x - drifted) @ weight.T.astype(np.float64)
+    stacked = np.concatenate([drifted / np.sqrt(samples), np.sqrt(damping) * np.eye(width)])
+    wanted = np.concatenate([missing / np.sqrt(samples), np.zeros((width, rows))])
+    change = np.linalg.lstsq(stacked, wanted, rcond=None)[0].T
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, weight + change, rtol=1e-3, atol=2e-4)
+
+
+def test_without_drift_the_target_is_the_weight() -> None:
+    weight = np.ones((2, 3), np.float16)
+    white = SecondMoment(np.eye(3))
+    assert Seen(white).target(weight) is weight
+    still = Seen(white, Drift(np.zeros((3, 3), np.float32), np.zeros((2, 3), np.float32))).target(weight)
+    np.testing.assert_array_equal(still, weight)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])

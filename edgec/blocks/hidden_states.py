@@ -12,13 +12,14 @@ from edgec import limits
 
 
 class HiddenStates:
-    """One hidden state [B, T, d] per batch, float32: in memory up to `cap_bytes` in all, in files of `folder` beyond.
+    """One hidden state [B, T, d] per batch, float32: in memory up to `cap_bytes` in all, in files of `folder` beyond,
+    which begin with `name`.
 
     Files are read and written whole: pages of a memory map would count as the process's memory all the same.
     """
 
-    def __init__(self, folder: Path, cap_bytes: int = limits.MAX_HIDDEN_BYTES) -> None:
-        self.folder, self.cap_bytes = folder, cap_bytes
+    def __init__(self, folder: Path, cap_bytes: int = limits.MAX_HIDDEN_BYTES, name: str = "hidden") -> None:
+        self.folder, self.cap_bytes, self.name = folder, cap_bytes, name
         self._kept: dict[int, Tensor] = {}
         self._shapes: dict[int, torch.Size] = {}
 
@@ -39,4 +40,4 @@ class HiddenStates:
         return torch.from_numpy(np.fromfile(self._file(batch), np.float32)).reshape(self._shapes[batch])
 
     def _file(self, batch: int) -> Path:
-        return self.folder / f"hidden-{batch:06d}.f32"
+        return self.folder / f"{self.name}-{batch:06d}.f32"

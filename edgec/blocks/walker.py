@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import copy
 import gc
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -28,13 +28,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from edgec import limits, modeling
+from edgec.blocks import structure
 from edgec.blocks.hidden_states import HiddenStates
-from edgec.blocks.observing import Moments, Stop
+from edgec.blocks.observing import Hook, Moments, Stop
 from edgec.blocks.stored_weights import StoredWeights
 from edgec.calibration import Batches
 from edgec.checkpoint import Checkpoint
 from edgec.errors import NumericsError, UnsupportedModelError
-from edgec.moments import SecondMoment
+from edgec.moments import Seen
 
 Rows = Callable[[NDArray[np.int64]], NDArray[np.float32]]
 """Token ids [u] → rows of a table [u, d]."""
@@ -51,9 +52,11 @@ class Call:
 class BlockWalker:
     """planned: names of the layers that the caller is interested in; they tell which list holds the blocks.
 
-    Call `embed` first, then visit the blocks in order: `load` one, look at it with `moments`, change it, `advance`
-    through it; then `outer_moments` for what comes after the last one. Raises UnsupportedModelError where the model
-    does not run block by block, NumericsError naming the tensor or block that is not finite.
+    Call `embed` first, then visit the blocks in order: `load` one, look at it with `see`, change it, `advance` through
+    it; then `see_outside` for what comes after the last one. Who also wants to see how far that has moved from the
+    dense model calls `embed_dense` before anything is changed, and loads every block twice. Raises
+    UnsupportedModelError where the model does not run block by block, NumericsError naming the tensor or block that is
+    not finite.
     """
 
     def __init__(
@@ -77,9 +80,11 @@ class BlockWalker:
             )
         self.path = path
         self.hidden = HiddenStates(folder, hidden_bytes)
+        self.dense_hidden: HiddenStates | None = None
         self.calls: list[list[Call]] = []
         self._tuple_of = 0
         self._groups: dict[tuple[Any, ...], list[list[str]]] = {}
+        self._addends: dict[tuple[Any, ...], dict[str, str]] = {}
         self._load_outer()
 
     @property
@@ -143,8 +148,18 @@ class BlockWalker:
         module: Any = self.model.get_submodule(layer)
         module.weight = nn.Parameter(torch.from_numpy(weight), requires_grad=False)
 
+    def embed_dense(self) -> None:
+        """Keep the dense model's hidden states as well from now on; the two share the memory."""
+        cap = self.hidden.cap_bytes // 2
+        self.dense_hidden = HiddenStates(self.hidden.folder, cap, "dense")
+        self._embed(self.dense_hidden)
+        self.hidden = HiddenStates(self.hidden.folder, cap)
+
     def embed(self) -> None:
         """Run every batch up to the first block, and note what each block is called with."""
+        self._embed(self.hidden)
+
+    def _embed(self, hidden_states: HiddenStates) -> None:
         self._tuple_of = self._output_form()
         self.calls = [[] for _ in range(len(self))]
         for number, batch in enumerate(self.batches.items):
@@ -161,7 +176,7 @@ class BlockWalker:
                 if any(isinstance(v, transformers.Cache) for v in (*call.args, *call.kwargs.values())):
                     raise UnsupportedModelError(f"{self.checkpoint.architecture}: {self.name(index)} wants a cache")
                 if index == 0:
-                    self.hidden.put(number, hidden)
+                    hidden_states.put(number, hidden)
                 before.append(hidden)
                 self.calls[index].append(call)
                 return self._output(hidden)
@@ -233,20 +248,29 @@ class BlockWalker:
             gc.collect()
 
     @torch.no_grad()
-    def run(self, index: int, block: nn.Module, batch: int) -> Tensor:
-        """The block's hidden state [B, T, d] for one batch."""
+    def run(self, index: int, block: nn.Module, batch: int, *, dense: bool = False) -> Tensor:
+        """The block's hidden state [B, T, d] for one batch. dense: on the dense model's hidden states."""
         call = self.calls[index][batch]
-        output = block(self.hidden.get(batch), *call.args, **call.kwargs)
+        output = block(self._states(dense).get(batch), *call.args, **call.kwargs)
         hidden: Tensor = output[0] if self._tuple_of else output
         return hidden
 
-    def advance(self, index: int, block: nn.Module) -> None:
-        """Replace the hidden states by what the block makes of them."""
-        for batch in range(len(self.batches.items)):
-            hidden = self.run(index, block, batch)
-            if not torch.isfinite(hidden).all():
-                raise NumericsError(f"block {self.name(index)!r} is not finite on the calibration text")
-            self.hidden.put(batch, hidden)
+    def _states(self, dense: bool) -> HiddenStates:
+        if not dense:
+            return self.hidden
+        assert self.dense_hidden is not None
+        return self.dense_hidden
+
+    def advance(self, index: int, block: nn.Module, dense: nn.Module | None = None) -> None:
+        """Replace the hidden states by what the block makes of them, and the dense model's by what `dense` does."""
+        for module, states in ((block, self.hidden), (dense, self.dense_hidden)):
+            if module is None or states is None:
+                continue
+            for batch in range(len(self.batches.items)):
+                hidden = self.run(index, module, batch, dense=module is dense)
+                if not torch.isfinite(hidden).all():
+                    raise NumericsError(f"block {self.name(index)!r} is not finite on the calibration text")
+                states.put(batch, hidden)
 
     def groups(self, index: int, block: nn.Module, layers: Sequence[str]) -> list[list[str]]:
         """The block's layers in the order in which they run; those that read the same tensor come together.
@@ -254,71 +278,85 @@ class BlockWalker:
         A layer that no token reached is in none.
         """
         prefix = f"{self.name(index)}."
-        names = [layer.removeprefix(prefix) for layer in layers]
+        names = tuple(layer.removeprefix(prefix) for layer in layers)
         key = (type(block), *names)
         if key not in self._groups:
-            seen: list[tuple[str, Tensor]] = []
-
-            def see(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-                return lambda _module, inputs: seen.append((name, inputs[0]))
-
-            handles = [block.get_submodule(name).register_forward_pre_hook(see(name)) for name in names]
-            try:
-                self.run(index, block, 0)
-            finally:
-                for handle in handles:
-                    handle.remove()
-            found: list[list[str]] = []
-            for at, (name, x) in enumerate(seen):
-                if at and x is seen[at - 1][1]:
-                    found[-1].append(name)
-                else:
-                    found.append([name])
-            self._groups[key] = found
+            self._groups[key] = structure.groups(block, names, lambda: self.run(index, block, 0))
         return [[prefix + name for name in group] for group in self._groups[key]]
 
-    def moments(self, index: int, block: nn.Module, layers: Sequence[str]) -> dict[str, SecondMoment]:
-        """H = E[x xᵀ] of these layers' inputs over the unmasked tokens; a pass ends where the last of them begins.
-
-        Raises NumericsError naming the layer.
+    def addends(self, index: int, block: nn.Module, layers: Sequence[str]) -> dict[str, str]:
+        """Layer → the submodule of the block, "" for itself, that gets as its input what the layer's output is added
+        to; layers whose outputs are not added to anything are left out.
         """
         prefix = f"{self.name(index)}."
-        with self._observed({layer: block.get_submodule(layer.removeprefix(prefix)) for layer in layers}) as moments:
-            for batch in range(len(self.batches.items)):
-                moments.start(batch, stop=True)
-                with suppress(Stop):
-                    self.run(index, block, batch)
-        return moments.finished()
+        names = tuple(layer.removeprefix(prefix) for layer in layers)
+        key = (type(block), *names)
+        if key not in self._addends:
+            hidden = self.hidden.get(0)
+            self._addends[key] = structure.addends(block, names, hidden, lambda: self.run(index, block, 0))
+        return {prefix + name: addend for name, addend in self._addends[key].items()}
 
-    def outer_moments(self, layers: Sequence[str], *, after: bool) -> dict[str, SecondMoment]:
-        """H of layers outside the blocks: of those that run before the first block, or (after) behind the last one.
+    def see(
+        self,
+        index: int,
+        block: nn.Module,
+        layers: Sequence[str],
+        dense: nn.Module | None = None,
+        addends: Mapping[str, str] | None = None,
+    ) -> dict[str, Seen]:
+        """What reaches these layers, over the unmasked tokens; a pass ends where the last of them begins.
 
-        Layers on the other side are not in the result.
+        dense: the same block with its dense weights, to be told the drift as well. addends: of `addends`, for those
+        layers whose sums are to be looked at. Raises NumericsError naming the layer.
         """
-        modules = {layer: self.model.get_submodule(layer) for layer in layers}
-        with self._observed(modules) as moments:
-            for number, batch in enumerate(self.batches.items):
-                moments.start(number, stop=False)
-                moments.seeing = not after
-
-                def pass_on(index: int, hidden: Tensor, call: Call, number: int = number) -> Any:
-                    if not after:
-                        raise Stop
-                    moments.seeing = True
-                    return self._output(self.hidden.get(number) if index == len(self) - 1 else hidden)
-
-                self._outer(batch, pass_on)
+        prefix, addends = f"{self.name(index)}.", {n: a for n, a in (addends or {}).items() if n in layers}
+        with ExitStack() as hooks:
+            moments = self._moments(len(layers), addends)
+            for module in (block, *([] if dense is None else [dense])):
+                for name in set(addends.values()) - {""}:
+                    hooks.callback(_watch(module.get_submodule(name), moments.noting(name)))
+                for layer in layers:
+                    hooks.callback(_watch(module.get_submodule(layer.removeprefix(prefix)), moments.hook(layer)))
+            for batch in range(len(self.batches.items)):
+                for module, is_dense in ((dense, True), (block, False)):
+                    if module is None:
+                        continue
+                    moments.start(batch, stop=True, dense=is_dense)
+                    if "" in addends.values():
+                        moments.note("", self._states(is_dense).get(batch))
+                    with suppress(Stop):
+                        self.run(index, module, batch, dense=is_dense)
         return moments.finished()
 
-    @contextmanager
-    def _observed(self, modules: dict[str, nn.Module]) -> Iterator[Moments]:
-        moments = Moments([b["attention_mask"].bool() for b in self.batches.items], len(modules))
-        handles = [m.register_forward_pre_hook(moments.hook(n), prepend=True) for n, m in modules.items()]
-        try:
-            yield moments
-        finally:
-            for handle in handles:
-                handle.remove()
+    def see_outside(self, layers: Sequence[str], *, after: bool) -> dict[str, Seen]:
+        """The same of layers outside the blocks: of those that run before the first block, or (after) behind the last
+        one. Layers on the other side are not in the result.
+        """
+        with ExitStack() as hooks:
+            moments = self._moments(len(layers), {})
+            for layer in layers:
+                hooks.callback(_watch(self.model.get_submodule(layer), moments.hook(layer)))
+            for number, batch in enumerate(self.batches.items):
+                for dense in (True, False) if after and self.dense_hidden else (False,):
+                    moments.start(number, stop=False, dense=dense)
+                    moments.seeing = not after
+
+                    def pass_on(index: int, hidden: Tensor, call: Call, number: int = number, dense: bool = dense) -> Any:
+                        if not after:
+                            raise Stop
+                        moments.seeing = True
+                        return self._output(self._states(dense).get(number) if index == len(self) - 1 else hidden)
+
+                    self._outer(batch, pass_on)
+        return moments.finished()
+
+    def _moments(self, count: int, addends: Mapping[str, str]) -> Moments:
+        return Moments([b["attention_mask"].bool() for b in self.batches.items], count, addends)
+
+
+def _watch(module: nn.Module, hook: Hook) -> Callable[[], None]:
+    """Registers the hook; the result takes it away."""
+    return module.register_forward_pre_hook(hook, prepend=True).remove
 
 
 def _stop(module: nn.Module, inputs: tuple[Any, ...]) -> None:

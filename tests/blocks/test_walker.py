@@ -79,19 +79,20 @@ def test_hidden_states_and_moments_are_the_whole_models(name: str, tmp_path: Pat
             model(**batch)
 
     linears = {layer.name for layer in layers if layer.role != "embedding"}
-    found = walker.outer_moments([n for n in linears if not n.startswith(walker.path)], after=False)
+    found = walker.see_outside([n for n in linears if not n.startswith(walker.path)], after=False)
     walker.embed()
     for index in range(len(walker)):
         names = [layer.name for layer in layers if layer.name.startswith(f"{walker.name(index)}.")]
         with walker.load(index) as block:
             for group in walker.groups(index, block, names):
-                found |= dict.fromkeys(group, walker.moments(index, block, group[:1])[group[0]])
+                found |= dict.fromkeys(group, walker.see(index, block, group[:1])[group[0]])
             walker.advance(index, block)
         for batch in range(2):
             torch.testing.assert_close(walker.hidden.get(batch), seen[batch * len(walker) + index])
-    found |= walker.outer_moments([n for n in linears if n not in found], after=True)
+    found |= walker.see_outside([n for n in linears if n not in found], after=True)
     assert set(found) == linears
-    for layer, moment in found.items():
+    for layer, (moment, drift) in ((name, (seen.moment, seen.drift)) for name, seen in found.items()):
+        assert drift is None
         np.testing.assert_allclose(moment.matrix, expected[layer], rtol=1e-5, atol=1e-5 * np.abs(expected[layer]).max())
 
 
@@ -105,6 +106,68 @@ def test_layers_that_read_one_tensor_are_one_group(tmp_path: Path) -> None:
         groups = walker.groups(0, block, [n for n in layers if n.startswith(first)])
     short = [[name.rpartition(".")[2] for name in group] for group in groups]
     assert short == [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, *ENCODERS])
+def test_layers_that_write_to_the_residual_stream_are_found(name: str, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(saved(name, tmp_path / "model"))
+    layers = [layer.name for layer in modeling.layers(modeling.skeleton(checkpoint))]
+    walker = BlockWalker(checkpoint, layers, some_batches(), tmp_path)
+    walker.embed()
+    with walker.load(1) as block:
+        found = walker.addends(1, block, [n for n in layers if n.startswith(f"{walker.name(1)}.")])
+    if name in ("gemma2", "gemma3"):  # they normalise before they add
+        assert found == {}
+        return
+    assert sorted(found.values()) == ["", {"bert": "intermediate", "electra": "intermediate", "mpnet": "intermediate",
+                                          "distilbert": "ffn", "modernbert": "mlp_norm"}.get(
+                                              name, "post_attention_layernorm")]  # fmt: skip
+
+
+def test_drift_is_how_far_the_dense_model_is(tmp_path: Path) -> None:
+    """A block is changed: in the next one, inputs and the residual stream differ by what two whole models differ by."""
+    checkpoint = open_checkpoint(saved("llama", tmp_path / "model"))
+    model, batches = modeling.load_dense(checkpoint), some_batches()
+    changed = modeling.load_dense(checkpoint)
+    layer, place = "model.layers.1.mlp.down_proj", "post_attention_layernorm"
+    walker = BlockWalker(checkpoint, [x.name for x in modeling.layers(model)], batches, tmp_path)
+    walker.embed_dense()
+    walker.embed()
+    for index in range(2):
+        with walker.load(index) as block, walker.load(index) as dense:
+            if index == 0:
+                addends = walker.addends(0, block, ["model.layers.0.mlp.down_proj"])
+                assert addends == {"model.layers.0.mlp.down_proj": place}
+                still = walker.see(0, block, list(addends), dense, addends)[layer.replace("1", "0")].drift
+                assert still is not None and still.sums is not None and not still.inputs.any() and not still.sums.any()
+                block.mlp.up_proj.weight *= 1.5
+                changed.model.layers[0].mlp.up_proj.weight.data *= 1.5
+                walker.advance(0, block, dense)
+                continue
+            seen = walker.see(1, block, [layer], dense, walker.addends(1, block, [layer]))[layer]
+    rows: dict[Any, list[torch.Tensor]] = {}
+    for which, whole in (("dense", model), ("here", changed)):
+        for name in (layer, f"model.layers.1.{place}"):
+            rows[which, name] = []
+            keep = rows[which, name].append
+            whole.get_submodule(name).register_forward_pre_hook(lambda _m, x, keep=keep: keep(x[0]))
+        with torch.no_grad():
+            for batch in batches.items:
+                whole(**batch)
+    masks = [batch["attention_mask"].bool() for batch in batches.items]
+    x, xd, r, rd = (
+        torch.cat([part[mask] for part, mask in zip(rows[which, name], masks, strict=True)])
+        for name in (layer, f"model.layers.1.{place}")
+        for which in ("here", "dense")
+    )
+    assert seen.drift is not None and seen.drift.sums is not None
+    for got, wanted in (
+        (seen.moment.matrix, x.T @ x),
+        (seen.drift.inputs, (xd - x).T @ x),
+        (seen.drift.sums, (rd - r).T @ x),
+    ):
+        wanted = (wanted / len(x)).numpy()
+        np.testing.assert_allclose(got, wanted, atol=1e-4 * np.abs(wanted).max())
 
 
 def test_the_skeleton_holds_no_weights(tmp_path: Path) -> None:

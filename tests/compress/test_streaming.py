@@ -61,14 +61,21 @@ Moments = dict[str, SecondMoment | None]
 
 
 def streamed(
-    folder: Path, choices: Sequence[Choice] | None = None, *, text: str = HALF, sequential: bool = True
+    folder: Path,
+    choices: Sequence[Choice] | None = None,
+    *,
+    text: str = HALF,
+    sequential: bool = True,
+    targets: dict[str, Any] | None = None,
 ) -> tuple[dict[str, Factors], Moments]:
-    """All factors, and the moment that every layer was fitted with."""
+    """All factors, and the moment that every layer was fitted with; in `targets`, what it was fitted to."""
     checkpoint, layers, plan = planned(folder, text)
     moments: Moments = {}
 
     def fit(choice: Choice, weight: Any, moment: SecondMoment | None) -> Factors:
         moments[choice.layer] = moment
+        if targets is not None:
+            targets[choice.layer] = np.array(weight)
         return fit_by_rows(choice, weight, moment)
 
     found: dict[str, Factors] = {}
@@ -122,6 +129,58 @@ def test_inside_a_block_layers_see_the_compressed_ones_before_them(lm_source: Pa
     _, at_once = streamed(lm_source, choices, sequential=False)
     assert all(difference(at_once[name], dense[name]) < 1e-5 for name in (*QKV, OUT, *WIDE, DOWN))
     assert difference(at_once[NEXT], dense[NEXT]) > 0.01
+
+
+def watched(folder: Path, factors: Mapping[str, Factors], *names: str) -> list[Any]:
+    """The inputs [tokens, width] of these modules, in the whole model with the factors in place."""
+    model = modeling.load_dense(open_checkpoint(folder))
+    for name, fitted in factors.items():
+        weight = torch.from_numpy(fitted.dense())
+        model.get_submodule(name).weight = torch.nn.Parameter(weight, requires_grad=False)
+    seen: list[list[torch.Tensor]] = [[] for _ in names]
+    for name, rows in zip(names, seen, strict=True):
+        model.get_submodule(name).register_forward_pre_hook(lambda _m, x, rows=rows: rows.append(x[0]))
+    masks = []
+    with torch.no_grad():
+        for batch in some_batches().items:
+            model(**batch)
+            masks.append(batch["attention_mask"].bool())
+    return [torch.cat([x[mask] for x, mask in zip(rows, masks, strict=True)]).double().numpy() for rows in seen]
+
+
+def test_layers_make_up_for_what_the_ones_before_them_lost(lm_source: Path) -> None:
+    """They are fitted to what the dense model has at their outputs, the residual stream included."""
+    choices, targets = without_tables(lm_source), dict[str, Any]()
+    factors, moments = streamed(lm_source, choices, targets=targets)
+    weights = modeling.load_dense(open_checkpoint(lm_source))
+    order = [*QKV, OUT, *WIDE, DOWN, NEXT]
+    cases = ((DOWN, f"{BLOCK}post_attention_layernorm"), (WIDE[0], None), (NEXT, None))
+    for layer, addend in cases:
+        before = {name: factors[name] for name in order[: order.index(layer)]}
+        dense, residual = watched(lm_source, {}, layer, addend or layer)
+        here, drifted = watched(lm_source, before, layer, addend or layer)
+        weight = weights.get_parameter(f"{layer}.weight").double().numpy()
+        missing = (dense - here) @ weight.T + (residual - drifted if addend else 0)
+        change = targets[layer] - weight
+        left = missing - here @ change.T
+        assert np.linalg.norm(left) < 0.95 * np.linalg.norm(missing), layer
+        moment = here.T @ here / len(here)
+        gradient = left.T @ here / len(here) - 0.02 * np.trace(moment) / len(moment) * change
+        assert np.abs(gradient).max() < 1e-3 * np.abs(missing.T @ here / len(here)).max(), layer
+    assert all(targets[name].dtype == np.float32 for name in order)
+    np.testing.assert_array_equal(targets[QKV[0]], weights.get_parameter(f"{QKV[0]}.weight").numpy())
+    assert moments[QKV[0]] is moments[QKV[2]]
+
+
+def test_a_table_does_not_get_what_its_head_makes_up_for(lm_source: Path) -> None:
+    targets: dict[str, Any] = {}
+    streamed(lm_source, text="dense:int8-b32", targets=targets)
+    weights = modeling.load_dense(open_checkpoint(lm_source))
+    np.testing.assert_array_equal(targets["lm_head"], weights.get_parameter("model.embed_tokens.weight").numpy())
+    assert not np.array_equal(targets[NEXT], weights.get_parameter(f"{NEXT}.weight").numpy())
+    alone = [c for c in planned(lm_source, "dense:int4-b32")[2].choices if c.role != "embedding"]
+    streamed(lm_source, alone, targets=targets)
+    assert not np.array_equal(targets["lm_head"], weights.get_parameter("model.embed_tokens.weight").numpy())
 
 
 def gemma(folder: Path) -> Path:
