@@ -138,6 +138,11 @@ class Workspace:
         return found
 
     @cached_property
+    def calibration_batches(self) -> Batches:
+        """What statistics are collected from."""
+        return self.batches("calibrate", CALIBRATION_TOKENS)
+
+    @cached_property
     def search_batches(self) -> Batches:
         """What whole plans are compared on: text that taught nothing and that no figure is reported on."""
         return self.batches("search", SEARCH_TOKENS)

@@ -29,7 +29,7 @@ from edgec.profile.entropy import random_entropy, singular_values, von_neumann
 from edgec.quantize.formats import CoreFormat
 from edgec.records import Spec
 from edgec.report.plots import place_of
-from edgec.workspace import CALIBRATION_TOKENS, Workspace
+from edgec.workspace import Workspace
 from runtime_tests.models import ASSETS
 
 AWARE_CLAIM = 0.968
@@ -79,8 +79,9 @@ class Bench:
     @cached_property
     def statistics(self) -> Statistics:
         workspace = self.workspace
-        batches = workspace.batches("calibrate", CALIBRATION_TOKENS)
-        return collect(workspace.model, workspace.layers, batches, pooling=None, curvature=False)
+        return collect(
+            workspace.model, workspace.layers, workspace.calibration_batches, pooling=None, curvature=False
+        )
 
     def increase(self, factors: dict[str, Factors]) -> float:
         """Relative increase of perplexity on valid.txt."""

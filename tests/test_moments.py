@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgec.errors import NumericsError
 from edgec import moments
+from edgec.errors import NumericsError
 from edgec.moments import DAMPING, Drift, SecondMoment, Seen
 
 

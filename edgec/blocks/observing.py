@@ -1,4 +1,4 @@
-"""What is seen while a block runs: second moments of the inputs of its layers, and their drift from the dense model's."""
+"""What is seen while a block runs: second moments of its layers' inputs, and how far the dense model's are from them."""
 
 from __future__ import annotations
 

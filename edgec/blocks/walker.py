@@ -312,20 +312,19 @@ class BlockWalker:
         prefix, addends = f"{self.name(index)}.", {n: a for n, a in (addends or {}).items() if n in layers}
         with ExitStack() as hooks:
             moments = self._moments(len(layers), addends)
-            for module in (block, *([] if dense is None else [dense])):
+            for module in (block, *(() if dense is None else (dense,))):
                 for name in set(addends.values()) - {""}:
                     hooks.callback(_watch(module.get_submodule(name), moments.noting(name)))
                 for layer in layers:
                     hooks.callback(_watch(module.get_submodule(layer.removeprefix(prefix)), moments.hook(layer)))
+            passes = [(block, False)] if dense is None else [(dense, True), (block, False)]
             for batch in range(len(self.batches.items)):
-                for module, is_dense in ((dense, True), (block, False)):
-                    if module is None:
-                        continue
+                for running, is_dense in passes:
                     moments.start(batch, stop=True, dense=is_dense)
                     if "" in addends.values():
                         moments.note("", self._states(is_dense).get(batch))
                     with suppress(Stop):
-                        self.run(index, module, batch, dense=is_dense)
+                        self.run(index, running, batch, dense=is_dense)
         return moments.finished()
 
     def see_outside(self, layers: Sequence[str], *, after: bool) -> dict[str, Seen]:
@@ -341,7 +340,9 @@ class BlockWalker:
                     moments.start(number, stop=False, dense=dense)
                     moments.seeing = not after
 
-                    def pass_on(index: int, hidden: Tensor, call: Call, number: int = number, dense: bool = dense) -> Any:
+                    def pass_on(
+                        index: int, hidden: Tensor, call: Call, number: int = number, dense: bool = dense
+                    ) -> Any:
                         if not after:
                             raise Stop
                         moments.seeing = True

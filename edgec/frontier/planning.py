@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,13 +10,15 @@ from typing import Protocol
 
 from edgec.compress.apply import fit_choices
 from edgec.fit import Factors
-from edgec.pipeline import Goal, Progress, search_plan
+from edgec.pipeline import Goal, Progress, refitted, search_plan
 from edgec.plan.budget import parse_budget
 from edgec.plan.planner import Sizes
 from edgec.plan.refine import Search
 from edgec.profile.store import Profile
 from edgec.records import Choice, Target
 from edgec.workspace import Workspace
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +52,9 @@ def pipeline_planner(
         sizes = Sizes(workspace.checkpoint.parameters, other_bytes=0)  # a budget on linears counts nothing else
         made = search_plan(workspace, found, target, Goal(parse_budget(budget), search=search), sizes, told)
         linears = [c for c in made.choices if c.role == "linear"]
-        factors = fitted(linears)
+        whole, note = refitted(workspace, made.choices, fitted(made.choices), told)
+        logger.info("%s: %s", budget, note)
+        factors = {c.layer: whole[c.layer] for c in linears}
         size = sum(fitted.stored_bytes for fitted in factors.values())
         return Planned(f"edgec {budget}", factors, size, mixture(f"{c.spec.kind} {c.format}" for c in linears))
 

@@ -6,6 +6,7 @@ needs a judgement from further on (a plan wants its end-to-end loss) it gets a c
 
 from edgec.errors import EdgecError
 from edgec.pipeline.exporting import Exported, ExportRequest, export
+from edgec.pipeline.refit import refitted
 from edgec.pipeline.stages import Goal, Progress, evaluator, explicit_plan, fit, make_profile, profile_of, search_plan
 from edgec.pipeline.verbs import compress, plan, profile
 from edgec.pipeline.verified import measure_quality
@@ -26,5 +27,6 @@ __all__ = [
     "plan",
     "profile",
     "profile_of",
+    "refitted",
     "search_plan",
 ]

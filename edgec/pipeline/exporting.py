@@ -21,6 +21,7 @@ from edgec.heal.settings import HealSettings
 from edgec.modeling import DECODER_TASK
 from edgec.pipeline.from_compressed import from_compressed, reconstructed_folder, ships_as_it_is
 from edgec.pipeline.pace import paced, parse_latency
+from edgec.pipeline.refit import refitted
 from edgec.pipeline.stages import (
     Goal,
     Progress,
@@ -126,7 +127,7 @@ class _Export:
             draft = None  # writing consumes it
             over = self._overrun(goal.budget, product.written)
             if over <= 0:
-                return self._healed(product, found, plans[1:], goal.budget)
+                return self._healed(self._refitted(product, goal.budget), found, plans[1:], goal.budget)
             logger.info("the written model is %d bytes over the budget; planning again", over)
             sizes = replace(sizes, other_bytes=sizes.other_bytes + int(over) + 64)
         raise BudgetError(
@@ -178,6 +179,18 @@ class _Export:
         written = _write(self.kind, source, draft, factors, self.target, self.stage, self.progress)
         return Product(plan, factors, written, source)
 
+    def _refitted(self, product: Product, budget: Budget | None) -> Product:
+        """The product with its factors fitted block by block, where that is closer to the dense model."""
+        factors, note = refitted(self.workspace, product.plan.choices, product.factors, self.progress)
+        plan = replace(product.plan, notes=(*product.plan.notes, *([note] if note else [])))
+        if factors is product.factors:
+            return replace(product, plan=plan)
+        made = self._written(plan, factors, product.source)
+        if self._overrun(budget, made.written) > 0:
+            logger.warning("fitted block by block the model is over the budget; it ships as it was before")
+            return self._written(product.plan, product.factors, product.source)
+        return made
+
     def _healed(
         self, product: Product, found: Profile | None, rivals: Sequence[Plan], budget: Budget | None = None
     ) -> Product:
@@ -188,9 +201,10 @@ class _Export:
         state_file = self.request.out.absolute().parent / f".{self.request.out.name}.heal.safetensors"
         plan, start = product.plan, healing.Start(product.factors)
         if rivals and not healing.reason_to_skip(self.workspace, settings, product.factors):
-            heats = [(plan, start)] + [
-                (p, healing.Start(fit(self.workspace, p.choices, found, silent))) for p in rivals
-            ]
+            heats = [(plan, start)]
+            for rival in rivals:
+                factors = fit(self.workspace, rival.choices, found, silent)
+                heats.append((rival, healing.Start(refitted(self.workspace, rival.choices, factors, self.progress)[0])))
             tried = []
             for number, (rival, entry) in enumerate(heats):
                 heat = settings.shortened(_HEAT_SHARE)

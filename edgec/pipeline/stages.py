@@ -31,7 +31,7 @@ from edgec.profile.profiler import build_profile
 from edgec.profile.store import Profile, load_profile
 from edgec.quantize.formats import LayerFormat
 from edgec.records import Choice, Plan, Target
-from edgec.workspace import CALIBRATION_TOKENS, Workspace, require_text
+from edgec.workspace import Workspace, require_text
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ def make_profile(workspace: Workspace, targets: list[Target], progress: Progress
         workspace.model,
         workspace.checkpoint,
         workspace.layers,
-        workspace.batches("calibrate", CALIBRATION_TOKENS),
+        workspace.calibration_batches,
         pooling=workspace.pooling,
         candidates=offered,
         cache=workspace.cache,
@@ -174,17 +174,17 @@ def fit_plan(
 
 def calibration_batches(workspace: Workspace, made: Plan, plain: bool) -> Batches | None:
     """What a given plan is fitted on; None where nothing is to be measured."""
-    if plain or lossless(made):
+    if plain or lossless(made.choices):
         return None
     require_text(workspace)
-    batches = workspace.batches("calibrate", CALIBRATION_TOKENS)
+    batches = workspace.calibration_batches
     workspace.forget_model()
     return batches
 
 
-def lossless(made: Plan) -> bool:
+def lossless(choices: Sequence[Choice]) -> bool:
     """Every layer dense and in floats: nothing to fit."""
-    return all(c.spec.kind == "dense" and not LayerFormat.parse(c.format).quantised for c in made.choices)
+    return all(c.spec.kind == "dense" and not LayerFormat.parse(c.format).quantised for c in choices)
 
 
 def explicit_plan(workspace: Workspace, text: str, target: str) -> Plan:
