@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,14 @@ from edgec.runtime.ort_encoder import OrtEncoder
 from edgec.workspace import Workspace
 
 pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _fitted_once() -> Iterator[None]:
+    """A fit block by block leaves nothing to heal in a model of random weights."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("edgec.pipeline.exporting.refitted", lambda workspace, choices, factors, progress: (factors, ""))
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""What is seen while a block runs: second moments of its layers' inputs, and how far the dense model's are from them."""
+"""What is seen while a block runs: second moments of its layers' inputs, and how far they are from the dense model."""
 
 from __future__ import annotations
 

@@ -1,0 +1,86 @@
+"""A plan's factors, fitted once more block by block: kept where they are closer to the dense model, and only there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from edgec.errors import NumericsError
+from edgec.export.targets import get_target
+from edgec.fit import Factors
+from edgec.pipeline import refit
+from edgec.pipeline.stages import fit_whole, silent
+from edgec.plan.planner import constrained_plan
+from edgec.records import Plan
+from edgec.workspace import Workspace
+
+
+def started(folder: Path, text: Path, plan: str) -> tuple[Workspace, Plan, dict[str, Factors]]:
+    """A plan fitted on the dense model's activations."""
+    workspace = Workspace(folder, text)
+    made = constrained_plan(plan, workspace.layers, get_target("onnx-x64"), workspace.checkpoint.fingerprint)
+    return workspace, made, fit_whole(workspace, made, workspace.calibration_batches, silent)
+
+
+def divergence(workspace: Workspace, factors: Mapping[str, Factors]) -> float:
+    with workspace.substituted(factors) as model:
+        return workspace.divergence_on_second_text(model)
+
+
+@pytest.mark.parametrize("source", ["encoder_source", "lm_source"])
+@pytest.mark.parametrize("plan", ["uniform:0.5:int4-b32", "dense:int4-b32"])
+def test_fitted_block_by_block_is_closer(
+    source: str, plan: str, text_file: Path, request: pytest.FixtureRequest
+) -> None:
+    """On text that took part in nothing, with the same bytes and the same tables."""
+    workspace, made, factors = started(request.getfixturevalue(source), text_file, plan)
+    told: list[str] = []
+    again, note = refit.refitted(workspace, made.choices, factors, lambda stage, done, total: told.append(stage))
+    assert note.startswith("fitted block by block: divergence") and set(told) == {"fitting block by block"}
+    assert list(again) == list(factors)
+    for choice in made.choices:
+        assert again[choice.layer].stored_bytes == factors[choice.layer].stored_bytes
+    assert divergence(workspace, again) < 0.9 * divergence(workspace, factors)
+
+
+def test_tables_keep_what_gradients_made_of_them(encoder_source: Path, text_file: Path) -> None:
+    workspace, made, factors = started(encoder_source, text_file, "dense:int4-b32")
+    again, _ = refit.refitted(workspace, made.choices, factors, silent)
+    tables = [c.layer for c in made.choices if c.role == "embedding"]
+    assert tables and all(again[name] is factors[name] for name in tables)
+
+
+def test_what_does_not_help_is_discarded(
+    encoder_source: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workspace, made, factors = started(encoder_source, text_file, "dense:int4-b32")
+
+    def spoilt(*arguments: Any, **options: Any) -> Any:
+        zero = {name: fitted for name, fitted in factors.items()}
+        victim = made.choices[-1].layer
+        zero[victim] = Factors(factors[victim].contraction, {"weight": np.zeros(made.choices[-1].shape, np.float32)})
+        yield zero
+
+    monkeypatch.setattr(refit, "stream_fit", spoilt)
+    kept, note = refit.refitted(workspace, made.choices, factors, silent)
+    assert kept is factors and "did not help and is discarded" in note
+
+
+def test_what_cannot_be_fitted_so_stays(
+    encoder_source: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Floats have nothing to gain; blocks that share their weights, and a stream that overflows, are no failure."""
+    workspace, made, factors = started(encoder_source, text_file, "dense:fp32")
+    assert refit.refitted(workspace, made.choices, factors, silent) == (factors, "")
+
+    def overflows(*arguments: Any, **options: Any) -> Any:
+        raise NumericsError("block 'encoder.layer.1' is not finite on the calibration text")
+        yield
+
+    workspace, made, factors = started(encoder_source, text_file, "dense:int4-b32")
+    monkeypatch.setattr(refit, "stream_fit", overflows)
+    assert refit.refitted(workspace, made.choices, factors, silent) == (factors, "")
