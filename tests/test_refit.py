@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from edgec import pipeline
 from edgec.errors import NumericsError
 from edgec.export.targets import get_target
 from edgec.fit import Factors
+from edgec.heal.settings import parse_heal
 from edgec.pipeline import refit
 from edgec.pipeline.stages import fit_whole, silent
 from edgec.plan.planner import constrained_plan
+from edgec.plan.refine import Search
 from edgec.records import Plan
 from edgec.workspace import Workspace
 
@@ -84,3 +88,28 @@ def test_what_cannot_be_fitted_so_stays(
     workspace, made, factors = started(encoder_source, text_file, "dense:int4-b32")
     monkeypatch.setattr(refit, "stream_fit", overflows)
     assert refit.refitted(workspace, made.choices, factors, silent) == (factors, "")
+
+
+@pytest.mark.slow
+def test_a_line_is_met_with_fewer_bytes(
+    encoder_source: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline.profile(encoder_source, tmp_path / "profile", calibration=text_file)
+    request = pipeline.ExportRequest(
+        encoder_source,
+        "onnx-arm64",
+        tmp_path / "again",
+        max_loss="0.5%",
+        calibration=text_file,
+        profile=tmp_path / "profile",
+        heal=parse_heal("off"),
+        search=Search(evaluations=6),
+    )
+    found = pipeline.export(request)
+    (note,) = (note for note in found.plan.notes if "of the bytes loses" in note)
+    assert float(note.rpartition(" ")[2]) <= 0.005 and found.plan.budget == "max-loss 0.5%"
+    monkeypatch.setattr(
+        "edgec.pipeline.exporting.refitted", lambda workspace, choices, factors, progress: (factors, "")
+    )
+    once = pipeline.export(replace(request, out=tmp_path / "once"))
+    assert found.plan.bytes < 0.98 * once.plan.bytes

@@ -53,7 +53,7 @@ def pipeline_planner(
         made = search_plan(workspace, found, target, Goal(parse_budget(budget), search=search), sizes, told)
         linears = [c for c in made.choices if c.role == "linear"]
         whole, note = refitted(workspace, made.choices, fitted(made.choices), told)
-        logger.info("%s: %s", budget, note)
+        logger.info("%s: %s", budget, note or "not fitted block by block")
         factors = {c.layer: whole[c.layer] for c in linears}
         size = sum(fitted.stored_bytes for fitted in factors.values())
         return Planned(f"edgec {budget}", factors, size, mixture(f"{c.spec.kind} {c.format}" for c in linears))

@@ -36,7 +36,7 @@ from edgec.pipeline.stages import (
     silent,
 )
 from edgec.pipeline.verified import Product, verified_manifest
-from edgec.plan.acceptance import parse_max_loss
+from edgec.plan.acceptance import Line, parse_max_loss
 from edgec.plan.budget import Budget, parse_budget
 from edgec.plan.planner import Sizes, finalists, plan_of
 from edgec.plan.refine import Evaluate, Search, key_of
@@ -106,6 +106,8 @@ class _Export:
             made = explicit_plan(workspace, request.plan, request.target)
             factors = fit_plan(workspace, made, request.profile, request.plain, self.progress)
             product = self._written(made, factors, workspace.checkpoint)
+            if request.profile is not None:
+                product = self._refitted(product, None)
             return self._healed(product, None, [])
         return self._planned(goal)
 
@@ -127,7 +129,10 @@ class _Export:
             draft = None  # writing consumes it
             over = self._overrun(goal.budget, product.written)
             if over <= 0:
-                return self._healed(self._refitted(product, goal.budget), found, plans[1:], goal.budget)
+                product = self._refitted(product, goal.budget)
+                if goal.line is not None:
+                    product = self._smaller(product, goal, goal.line, found, sizes, evaluate)
+                return self._healed(product, found, plans[1:], goal.budget)
             logger.info("the written model is %d bytes over the budget; planning again", over)
             sizes = replace(sizes, other_bytes=sizes.other_bytes + int(over) + 64)
         raise BudgetError(
@@ -190,6 +195,29 @@ class _Export:
             logger.warning("fitted block by block the model is over the budget; it ships as it was before")
             return self._written(product.plan, product.factors, product.source)
         return made
+
+    def _smaller(
+        self, product: Product, goal: Goal, line: Line, found: Profile, sizes: Sizes, evaluate: Evaluate
+    ) -> Product:
+        """A smaller product that fitting block by block brings below the line too, where there is one: the plan was
+        searched for with factors that lose more.
+        """
+        workspace = self.workspace
+        searched = self._accepted_loss(fit(workspace, product.plan.choices, found, silent))
+        eased = line.value * searched / max(self._accepted_loss(product.factors), 1e-12)
+        if not line.value < eased < 1:
+            return product
+        plan = self._plans(found, replace(goal, line=replace(line, value=eased)), sizes, evaluate)[0]
+        factors, _ = refitted(workspace, plan.choices, fit(workspace, plan.choices, found, silent), self.progress)
+        loss = self._accepted_loss(factors)
+        if plan.bytes >= product.plan.bytes or not loss <= line.value:
+            return product
+        note = f"fitted block by block, a plan of {plan.bytes / product.plan.bytes:.0%} of the bytes loses {loss:.3g}"
+        return self._written(replace(plan, notes=(*plan.notes, note)), factors, product.source)
+
+    def _accepted_loss(self, factors: Mapping[str, Factors]) -> float:
+        with self.workspace.substituted(factors) as model:
+            return self.workspace.accepted_loss(model)
 
     def _healed(
         self, product: Product, found: Profile | None, rivals: Sequence[Plan], budget: Budget | None = None

@@ -14,6 +14,7 @@ from edgec.export.artifacts import kind_of
 from edgec.export.targets import all_targets, get_target, offered
 from edgec.modeling import DECODER_TASK
 from edgec.pipeline.pace import paced
+from edgec.pipeline.refit import refitted
 from edgec.pipeline.stages import (
     Goal,
     Progress,
@@ -100,8 +101,8 @@ def compress(
     """Fit a plan (a YAML file or a constraint) and write the Compressed folder.
 
     One transformer block is in memory at a time, and each is fitted on the activations that the compressed blocks
-    before it produce. With a profile folder, its statistics of the dense model are used instead, for the whole model
-    at once.
+    before it produce. With a profile folder, the whole model is: its statistics tell what counts in factored tables,
+    and its fit of the other layers ships where it is the closer one.
     """
     outputs.check_free(out, force=force)
     workspace = Workspace(model, calibration)
@@ -109,7 +110,9 @@ def compress(
     made = explicit_plan(workspace, plan_text, target)
     text = plan_files.write_plan(made)
     if profile_folder is not None:
-        factors = fit(workspace, made.choices, load_profile(profile_folder, workspace.checkpoint), progress)
+        found = load_profile(profile_folder, workspace.checkpoint)
+        factors, note = refitted(workspace, made.choices, fit(workspace, made.choices, found, progress), progress)
+        logger.info("%s", note or "nothing to fit block by block")
     else:
         batches = calibration_batches(workspace, made, plain)
         try:
