@@ -119,7 +119,7 @@ def test_profile_plan_compress_export_one_by_one(
     assert "entanglement entropy per layer" in said.out
     assert "random" in said.out
     assert (tmp_path / "s.svg").read_text(encoding="utf-8").startswith("<?xml")
-    summary = _json(invoke(capsys, "profile", lm_source, "--calibration", text_file, "--json"))
+    summary = _json(invoke(capsys, "profile", lm_source, "-t", "onnx-x64", "--calibration", text_file, "--json"))
     assert {layer["name"] for layer in summary["layers"] if layer["incompressible"]} >= {
         "model.layers.0.self_attn.q_proj"
     }

@@ -115,6 +115,9 @@ def profile(
     output: Annotated[
         Path | None, typer.Option("--out", "-o", help="folder to keep; export and plan take it as --profile")
     ] = None,
+    target: Annotated[
+        list[str] | None, typer.Option("--target", "-t", help="only this target's forms, in less time; may be repeated")
+    ] = None,
     calibration: Calibration = None,
     plot: Annotated[Path | None, typer.Option(help="write the entropies as a picture (.svg, .png or .pdf)")] = None,
     force: Force = False,
@@ -129,7 +132,9 @@ def profile(
     from edgec import pipeline
 
     with console.progress() as bars:
-        found = pipeline.profile(model, output, calibration=calibration, force=force, progress=bars)
+        found = pipeline.profile(
+            model, output, targets=target or (), calibration=calibration, force=force, progress=bars
+        )
     if plot is not None:
         console.plot_entropies(found, plot)
     if as_json:

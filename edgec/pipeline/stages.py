@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from edgec.calibration import Batches
 from edgec.compress.apply import fit_choices
 from edgec.compress.streaming import stream_fit
-from edgec.errors import UnsupportedModelError, UsageError
+from edgec.errors import ProfileError, UnsupportedModelError, UsageError
 from edgec.export.artifacts import ArtifactKind
 from edgec.export.targets import get_target
 from edgec.fit import Factors
@@ -67,7 +67,7 @@ def make_profile(workspace: Workspace, targets: list[Target], progress: Progress
         tied = layer.tied_to is not None
         return candidates(targets, layer.role, layer.shape, incompressible=incompressible, tied=tied)
 
-    return build_profile(
+    made = build_profile(
         workspace.model,
         workspace.checkpoint,
         workspace.layers,
@@ -77,6 +77,7 @@ def make_profile(workspace: Workspace, targets: list[Target], progress: Progress
         cache=workspace.cache,
         progress=progress,
     )
+    return replace(made, targets=tuple(target.name for target in targets))
 
 
 def search_plan(
@@ -200,7 +201,16 @@ def explicit_plan(workspace: Workspace, text: str, target: str) -> Plan:
 
 
 def profile_of(workspace: Workspace, target: Target, folder: Path | None, progress: Progress) -> Profile:
-    return load_profile(folder, workspace.checkpoint) if folder else make_profile(workspace, [target], progress)
+    """A folder's profile, or one made now. Raises ProfileError where the folder's is for other targets."""
+    if folder is None:
+        return make_profile(workspace, [target], progress)
+    found = load_profile(folder, workspace.checkpoint)
+    if found.targets and target.name not in found.targets:
+        raise ProfileError(
+            f"{folder}: made for {', '.join(found.targets)}, not for {target.name}; run `edgec profile` again with "
+            f"--target {target.name}"
+        )
+    return found
 
 
 def planning_sizes(workspace: Workspace, kind: ArtifactKind, draft: Any, work: Path) -> Sizes:

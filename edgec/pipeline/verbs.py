@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from edgec import outputs
@@ -37,15 +38,24 @@ logger = logging.getLogger(__name__)
 
 
 def profile(
-    model: Path, out: Path | None, *, calibration: Path | None = None, force: bool = False, progress: Progress = silent
+    model: Path,
+    out: Path | None,
+    *,
+    targets: Sequence[str] = (),
+    calibration: Path | None = None,
+    force: bool = False,
+    progress: Progress = silent,
 ) -> Profile:
-    """Measure every layer and score every candidate of every target that can run the model here; with `out`, save the
-    folder.
+    """Measure every layer and score every candidate of the targets, by default of all that can run the model here;
+    with `out`, save the folder.
     """
     if out is not None:
         outputs.check_free(out, force=force)
     workspace = Workspace(model, calibration)
-    made = make_profile(workspace, [t for t in all_targets().values() if _runs(t, workspace)], progress)
+    chosen = [get_target(name) for name in targets]
+    for target in chosen:
+        kind_of(target).refuse_unsupported(workspace.checkpoint, workspace.task)
+    made = make_profile(workspace, chosen or [t for t in all_targets().values() if _runs(t, workspace)], progress)
     if out is not None:
         save_profile(made, out, force=force)
     return made

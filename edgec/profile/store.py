@@ -28,13 +28,14 @@ _ARRAYS = {"H": "second_moments", "G": "curvatures", "Hm": "mean_moments", "Gm":
 
 @dataclass(frozen=True)
 class Profile:
-    """Of one checkpoint on one calibration text."""
+    """Of one checkpoint on one calibration text. targets: those whose forms were scored; () where that is not known."""
 
     fingerprint: str
     calibration: str
     tokens: int
     layers: tuple[LayerProfile, ...]
     statistics: Statistics = field(repr=False)
+    targets: tuple[str, ...] = ()
     version: int = PROFILE_VERSION
 
     def by_layer(self) -> dict[str, LayerProfile]:
@@ -69,6 +70,7 @@ def save_profile(profile: Profile, out: Path, *, force: bool = False) -> None:
         "tokens": profile.tokens,
         "sentences": profile.statistics.sentences,
         "aliases": aliases,
+        "targets": list(profile.targets),
         "layers": [asdict(layer) for layer in profile.layers],
     }
     with staged_folder(out, force=force) as stage:
@@ -95,7 +97,10 @@ def load_profile(folder: Path, checkpoint: Checkpoint | None = None) -> Profile:
             arrays["H"], arrays["G"], int(body["tokens"]), arrays["Hm"], arrays["Gm"], int(body["sentences"])
         )
         layers = tuple(_layer(entry) for entry in body["layers"])
-        profile = Profile(str(body["fingerprint"]), str(body["calibration"]), int(body["tokens"]), layers, statistics)
+        targets = tuple(map(str, body.get("targets", ())))
+        profile = Profile(
+            str(body["fingerprint"]), str(body["calibration"]), int(body["tokens"]), layers, statistics, targets
+        )
     except ProfileError:
         raise
     except (EdgecError, OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:

@@ -252,10 +252,12 @@ def test_existing_output_is_kept_unless_forced(
 
 
 @pytest.mark.slow
-def test_a_profile_of_another_checkpoint_is_stale(
+def test_a_profile_of_another_target_or_checkpoint_is_refused(
     export: Callable[..., Said], model: Path, text_file: Path, tmp_path: Path
 ) -> None:
-    pipeline.profile(model, tmp_path / "profile", calibration=text_file)
+    pipeline.profile(model, tmp_path / "profile", targets=["onnx-arm64"], calibration=text_file)
+    said = export(model, "--budget", "6bpw", "--profile", tmp_path / "profile")
+    check_failure(said, 1, r"made for onnx-arm64, not for onnx-x64; run `edgec profile` again with --target onnx-x64")
     set_weight(model, "layers.0.mlp.up_proj.weight", 0.25)
     said = export(model, "--budget", "6bpw", "--profile", tmp_path / "profile")
     check_failure(said, 1, r"the profile is of sha256:.*stale; run `edgec profile")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -170,8 +171,9 @@ def test_a_broken_layer_is_named(checkpoint: Checkpoint) -> None:
 
 
 def test_a_profile_comes_back_as_it_was_saved(profile: Profile, checkpoint: Checkpoint, tmp_path: Path) -> None:
-    save_profile(profile, tmp_path / "p")
+    save_profile(replace(profile, targets=("onnx-x64", "gguf")), tmp_path / "p")
     found = load_profile(tmp_path / "p", checkpoint)
+    assert found.targets == ("onnx-x64", "gguf")
     assert (found.fingerprint, found.calibration, found.tokens) == (
         profile.fingerprint,
         profile.calibration,
