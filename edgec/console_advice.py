@@ -137,8 +137,8 @@ def _budget(out: Console, found: Advice) -> None:
     _note(
         out,
         f"estimates from kernels measured just now on {costs.machine}, {costs.threads} threads, {costs.rows} rows a "
-        f"step: per weight {rates}. Attention, norms and tokenization are not in the times; the losses are without what "
-        "kernels lose by rounding activations to 8 bits, and what an export's last fit, block by block, wins back",
+        f"step: per weight {rates}. Attention, norms and tokenization are not in the times; the losses are without "
+        "what kernels lose by rounding activations to 8 bits, and what an export's last fit, block by block, wins back",
     )
     if costs.busy:
         _note(out, f"this machine was busy ({costs.load:.1f} processes per core): its times are upper bounds")
