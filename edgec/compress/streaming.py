@@ -228,10 +228,11 @@ class _Run:
             yield from self._block(walker, index, sequential, last=index == len(walker) - 1 and not late)
         seen = walker.see_outside([n for n in late if _calibrated(self.choices[n])], after=True) if late else {}
         for name in late:
-            weight = walker.weight(name)
+            weight, behind = walker.weight(name), seen.pop(name, None)
             # A table that takes its head's cores must not get what the head makes up for.
-            keep = name in self.tables or weight.size > _TARGET_VALUES
-            fitted = self._fit_seen(name, weight, seen.pop(name, None), keep=keep)
+            if behind is not None and name not in self.tables and weight.size <= _TARGET_VALUES:
+                weight = behind.target(weight)
+            fitted = self.fit(name, weight, behind.moment if behind else None)
             yield self.counted(self._with_table(name, fitted) if name in self.tables else {name: fitted})
 
     def _tables(self, walker: BlockWalker, names: Sequence[str]) -> Iterator[dict[str, Factors]]:
@@ -267,7 +268,13 @@ class _Run:
             passes = [[group] for group in groups] if sequential else [groups]
 
             def put(group: Sequence[str], seen: Seen | None) -> dict[str, Factors]:
-                fitted = {name: self._fit_seen(name, walker.weight(name), seen) for name in group}
+                weights = {name: walker.weight(name) for name in group}
+                moment = None
+                if seen is not None:
+                    weights = {name: seen.target(weight) for name, weight in weights.items()}
+                    moment = seen.moment
+                    del seen  # a large layer's drift is as large as a factorization that its fit makes
+                fitted = {name: self.fit(name, weights.pop(name), moment) for name in group}
                 apply_factors(block, {name.removeprefix(prefix): f for name, f in fitted.items()})
                 return self.counted(fitted)
 
@@ -278,12 +285,6 @@ class _Run:
                     yield put(group, seen.pop(group[0]))
             if not last:
                 walker.advance(index, block, dense)
-
-    def _fit_seen(self, name: str, weight: Array, seen: Seen | None, *, keep: bool = False) -> Factors:
-        """keep: fit to the weight as it is, whatever has drifted."""
-        if seen is None:
-            return self.fit(name, weight, None)
-        return self.fit(name, weight if keep else seen.target(weight), seen.moment)
 
     def _with_table(self, head: str, fitted: Factors) -> dict[str, Factors]:
         table = self.choices[self.tables[head]]
