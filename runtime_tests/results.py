@@ -39,7 +39,7 @@ FIGURES: Mapping[str, tuple[str, str]] = {
     ),
     "frontier-pycode-lm": (
         "A small Llama of Python source, every method at equal bits",
-        "python -m runtime_tests.frontier pycode-lm --search greedy:40s --heal 300steps "
+        "python -m runtime_tests.frontier pycode-lm --search greedy:40s --heal 100steps "
         "--peers rtn,gptq,svd_llm,tt,ggml",
     ),
     "frontier-stories": (
