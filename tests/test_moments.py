@@ -72,7 +72,9 @@ def test_the_target_makes_up_for_drift(rows: int, width: int, samples: int, seed
         (residual.T @ drifted / samples).astype(np.float32) if added else None,
     )
     moment = SecondMoment(drifted.T @ drifted / samples)
-    found = Seen(moment, drift).target(weight)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(moments, "_SLAB_ROWS", 4)
+        found = Seen(moment, drift).target(weight)
     damping = moments._DRIFT_DAMPING * np.trace(moment.matrix) / width
     # Σ‖r − r̃ + W x − (W + C) x̃‖² / samples + damping ‖C‖² is least for this C:
     missing = residual + (x - drifted) @ weight.T.astype(np.float64)

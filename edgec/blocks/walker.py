@@ -336,7 +336,7 @@ class BlockWalker:
             for layer in layers:
                 hooks.callback(_watch(self.model.get_submodule(layer), moments.hook(layer)))
             for number, batch in enumerate(self.batches.items):
-                for dense in (True, False) if after and self.dense_hidden else (False,):
+                for dense in (True, False) if after and self.dense_hidden is not None else (False,):
                     moments.start(number, stop=False, dense=dense)
                     moments.seeing = not after
 

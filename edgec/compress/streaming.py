@@ -53,8 +53,8 @@ FitChoice = Callable[[Choice, Array, SecondMoment | None], Factors]
 Progress = Callable[[int, int], None]
 """(layers fitted, layers in all)."""
 
-_TARGET_VALUES = 1 << 27
-"""Largest head that makes up for drift [values]: its target is a float32 copy of it."""
+_TARGET_VALUES = 1 << 26
+"""Largest head that makes up for drift [values]: that takes three float32 copies of it."""
 _ROWS_VALUES = 1 << 25
 """Values of a vocabulary matrix that are fitted at a time [count]."""
 
