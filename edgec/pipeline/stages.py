@@ -77,7 +77,9 @@ def make_profile(workspace: Workspace, targets: list[Target], progress: Progress
         cache=workspace.cache,
         progress=progress,
     )
-    return replace(made, targets=tuple(target.name for target in targets))
+    # What a target must beat is planned for from its own profile (`exporting._the_better`).
+    served = [name for target in targets for name in (target.name, target.must_beat) if name]
+    return replace(made, targets=tuple(dict.fromkeys(served)))
 
 
 def search_plan(
