@@ -149,8 +149,7 @@ def heal(
 
 def _divergence(workspace: Workspace, start: Start) -> float:
     """Of the numbers as they ship, in float32, on the text that plans are compared on."""
-    with workspace.substituted(start.factors, start.vectors) as model:
-        return workspace.divergence(model, workspace.search_batches)
+    return workspace.loss_with(start.factors, workspace.divergence_on_search, start.vectors)
 
 
 def _reason_to_skip(workspace: Workspace, settings: HealSettings, before: float) -> str:

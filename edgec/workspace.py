@@ -265,6 +265,16 @@ class Workspace:
                 owner, _, attribute = name.rpartition(".")
                 setattr(self._trial.get_submodule(owner), attribute, parameter)
 
+    def loss_with(
+        self,
+        factors: Mapping[str, Factors],
+        loss: Callable[[transformers.PreTrainedModel], float],
+        vectors: Mapping[str, NDArray[np.float32]] = MappingProxyType({}),
+    ) -> float:
+        """`loss` of the model with these in place: of the numbers as they ship, in float32."""
+        with self.substituted(factors, vectors) as model:
+            return loss(model)
+
 
 def require_text(workspace: Workspace) -> None:
     """Fail before long work when the text cannot serve all three splits. Raises CalibrationError."""

@@ -12,6 +12,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from decoder_cases import make_tokenizer
@@ -148,3 +149,8 @@ def tree(folder: Path) -> dict[str, str]:
 def folder_bytes(folder: Path) -> int:
     """Bytes of every file in it, as the file system reports them."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def fit_only_once(patch: pytest.MonkeyPatch) -> None:
+    """Exports keep the factors that their plan was searched with, and do not fit it again block by block."""
+    patch.setattr("edgec.pipeline.exporting.refitted", lambda workspace, choices, factors, progress: (factors, ""))

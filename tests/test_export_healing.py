@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from models_for_tests import fit_only_once
 
 from edgec import healing, pipeline
 from edgec.errors import UsageError
@@ -22,7 +23,7 @@ pytestmark = pytest.mark.slow
 def _fitted_once() -> Iterator[None]:
     """A fit block by block leaves nothing to heal in a model of random weights."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("edgec.pipeline.exporting.refitted", lambda workspace, choices, factors, progress: (factors, ""))
+        fit_only_once(patch)
         yield
 
 

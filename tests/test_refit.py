@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from models_for_tests import fit_only_once
 
 from edgec import pipeline
 from edgec.errors import NumericsError
 from edgec.export.targets import get_target
 from edgec.fit import Factors
 from edgec.heal.settings import parse_heal
-from edgec.pipeline import refit
+from edgec.pipeline import refit, stages
 from edgec.pipeline.stages import fit_whole, silent
 from edgec.plan.planner import constrained_plan
 from edgec.plan.refine import Search
@@ -64,18 +65,17 @@ def test_what_does_not_help_is_discarded(
     workspace, made, factors = started(encoder_source, text_file, "dense:int4-b32")
 
     def spoilt(*arguments: Any, **options: Any) -> Any:
-        zero = {name: fitted for name, fitted in factors.items()}
-        victim = made.choices[-1].layer
-        zero[victim] = Factors(factors[victim].contraction, {"weight": np.zeros(made.choices[-1].shape, np.float32)})
-        yield zero
+        last = made.choices[-1]
+        zeros = Factors(factors[last.layer].contraction, {"weight": np.zeros(last.shape, np.float32)})
+        yield {**factors, last.layer: zeros}
 
-    monkeypatch.setattr(refit, "stream_fit", spoilt)
+    monkeypatch.setattr(stages, "stream_fit", spoilt)
     kept, note = refit.refitted(workspace, made.choices, factors, silent)
     assert kept is factors and "did not help and is discarded" in note
 
 
 def test_what_cannot_be_fitted_so_stays(
-    encoder_source: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    encoder_source: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Floats have nothing to gain; blocks that share their weights, and a stream that overflows, are no failure."""
     workspace, made, factors = started(encoder_source, text_file, "dense:fp32")
@@ -86,7 +86,7 @@ def test_what_cannot_be_fitted_so_stays(
         yield
 
     workspace, made, factors = started(encoder_source, text_file, "dense:int4-b32")
-    monkeypatch.setattr(refit, "stream_fit", overflows)
+    monkeypatch.setattr(stages, "stream_fit", overflows)
     assert refit.refitted(workspace, made.choices, factors, silent) == (factors, "")
 
 
@@ -108,8 +108,6 @@ def test_a_line_is_met_with_fewer_bytes(
     found = pipeline.export(request)
     (note,) = (note for note in found.plan.notes if "of the bytes loses" in note)
     assert float(note.rpartition(" ")[2]) <= 0.005 and found.plan.budget == "max-loss 0.5%"
-    monkeypatch.setattr(
-        "edgec.pipeline.exporting.refitted", lambda workspace, choices, factors, progress: (factors, "")
-    )
+    fit_only_once(monkeypatch)
     once = pipeline.export(replace(request, out=tmp_path / "once"))
     assert found.plan.bytes < 0.98 * once.plan.bytes

@@ -27,8 +27,8 @@ class Moments:
     memory. addends: layer → the name under which `note` is told r, the tensor that the layer's output is added to.
     """
 
-    def __init__(self, masks: Sequence[Tensor], count: int, addends: Mapping[str, str] | None = None) -> None:
-        self.masks, self.count, self.addends = masks, count, addends or {}
+    def __init__(self, masks: Sequence[Tensor], count: int, addends: Mapping[str, str]) -> None:
+        self.masks, self.count, self.addends = masks, count, addends
         self.seeing = True
         self._totals: dict[str, Tensor] = {}
         self._inputs: dict[str, Tensor] = {}

@@ -263,14 +263,12 @@ class BlockWalker:
 
     def advance(self, index: int, block: nn.Module, dense: nn.Module | None = None) -> None:
         """Replace the hidden states by what the block makes of them, and the dense model's by what `dense` does."""
-        for module, states in ((block, self.hidden), (dense, self.dense_hidden)):
-            if module is None or states is None:
-                continue
+        for running, is_dense in _passes(block, dense):
             for batch in range(len(self.batches.items)):
-                hidden = self.run(index, module, batch, dense=module is dense)
+                hidden = self.run(index, running, batch, dense=is_dense)
                 if not torch.isfinite(hidden).all():
                     raise NumericsError(f"block {self.name(index)!r} is not finite on the calibration text")
-                states.put(batch, hidden)
+                self._states(is_dense).put(batch, hidden)
 
     def groups(self, index: int, block: nn.Module, layers: Sequence[str]) -> list[list[str]]:
         """The block's layers in the order in which they run; those that read the same tensor come together.
@@ -311,13 +309,12 @@ class BlockWalker:
         """
         prefix, addends = f"{self.name(index)}.", {n: a for n, a in (addends or {}).items() if n in layers}
         with ExitStack() as hooks:
-            moments = self._moments(len(layers), addends)
-            for module in (block, *(() if dense is None else (dense,))):
+            moments, passes = self._moments(len(layers), addends), _passes(block, dense)
+            for module, _ in passes:
                 for name in set(addends.values()) - {""}:
                     hooks.callback(_watch(module.get_submodule(name), moments.noting(name)))
                 for layer in layers:
                     hooks.callback(_watch(module.get_submodule(layer.removeprefix(prefix)), moments.hook(layer)))
-            passes = [(block, False)] if dense is None else [(dense, True), (block, False)]
             for batch in range(len(self.batches.items)):
                 for running, is_dense in passes:
                     moments.start(batch, stop=True, dense=is_dense)
@@ -353,6 +350,11 @@ class BlockWalker:
 
     def _moments(self, count: int, addends: Mapping[str, str]) -> Moments:
         return Moments([b["attention_mask"].bool() for b in self.batches.items], count, addends)
+
+
+def _passes(block: nn.Module, dense: nn.Module | None) -> list[tuple[nn.Module, bool]]:
+    """What a batch goes through, in order: (module, is it the dense one)."""
+    return [(block, False)] if dense is None else [(dense, True), (block, False)]
 
 
 def _watch(module: nn.Module, hook: Hook) -> Callable[[], None]:

@@ -21,7 +21,7 @@ from edgec.heal.settings import HealSettings
 from edgec.modeling import DECODER_TASK
 from edgec.pipeline.from_compressed import from_compressed, reconstructed_folder, ships_as_it_is
 from edgec.pipeline.pace import paced, parse_latency
-from edgec.pipeline.refit import refitted
+from edgec.pipeline.refit import fit_from_profile, refitted
 from edgec.pipeline.stages import (
     Goal,
     Progress,
@@ -104,11 +104,13 @@ class _Export:
         workspace.require_finite()
         if request.plan is not None:
             made = explicit_plan(workspace, request.plan, request.target)
-            factors = fit_plan(workspace, made, request.profile, request.plain, self.progress)
-            product = self._written(made, factors, workspace.checkpoint)
-            if request.profile is not None:
-                product = self._refitted(product, None)
-            return self._healed(product, None, [])
+            factors: Mapping[str, Factors]
+            if request.profile is None:
+                factors = fit_plan(workspace, made, request.plain, self.progress)
+            else:
+                factors, note = fit_from_profile(workspace, made, request.profile, self.progress)
+                made = _noted(made, note)
+            return self._healed(self._written(made, factors, workspace.checkpoint), None, [])
         return self._planned(goal)
 
     def _planned(self, goal: Goal) -> Product:
@@ -187,7 +189,7 @@ class _Export:
     def _refitted(self, product: Product, budget: Budget | None) -> Product:
         """The product with its factors fitted block by block, where that is closer to the dense model."""
         factors, note = refitted(self.workspace, product.plan.choices, product.factors, self.progress)
-        plan = replace(product.plan, notes=(*product.plan.notes, *([note] if note else [])))
+        plan = _noted(product.plan, note)
         if factors is product.factors:
             return replace(product, plan=plan)
         made = self._written(plan, factors, product.source)
@@ -203,21 +205,18 @@ class _Export:
         searched for with factors that lose more.
         """
         workspace = self.workspace
-        searched = self._accepted_loss(fit(workspace, product.plan.choices, found, silent))
-        eased = line.value * searched / max(self._accepted_loss(product.factors), 1e-12)
+        searched = fit(workspace, product.plan.choices, found, silent)
+        before, after = (workspace.loss_with(f, workspace.accepted_loss) for f in (searched, product.factors))
+        eased = line.value * before / max(after, 1e-12)
         if not line.value < eased < 1:
             return product
         plan = self._plans(found, replace(goal, line=replace(line, value=eased)), sizes, evaluate)[0]
         factors, _ = refitted(workspace, plan.choices, fit(workspace, plan.choices, found, silent), self.progress)
-        loss = self._accepted_loss(factors)
+        loss = workspace.loss_with(factors, workspace.accepted_loss)
         if plan.bytes >= product.plan.bytes or not loss <= line.value:
             return product
         note = f"fitted block by block, a plan of {plan.bytes / product.plan.bytes:.0%} of the bytes loses {loss:.3g}"
-        return self._written(replace(plan, notes=(*plan.notes, note)), factors, product.source)
-
-    def _accepted_loss(self, factors: Mapping[str, Factors]) -> float:
-        with self.workspace.substituted(factors) as model:
-            return self.workspace.accepted_loss(model)
+        return self._written(_noted(plan, note), factors, product.source)
 
     def _healed(
         self, product: Product, found: Profile | None, rivals: Sequence[Plan], budget: Budget | None = None
@@ -354,6 +353,11 @@ def _require_within(budget: Budget, stage: Path, written: Written) -> None:
             f"budget {budget}: the finished folder has {whole} bytes, {whole - written.model_bytes} of them beside the "
             "model; raise --budget a little"
         )
+
+
+def _noted(plan: Plan, note: str) -> Plan:
+    """The plan with one more note; "" is none."""
+    return replace(plan, notes=(*plan.notes, note)) if note else plan
 
 
 def _write(

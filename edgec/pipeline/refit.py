@@ -11,16 +11,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from numpy.typing import NDArray
 
-from edgec.compress.streaming import fit_by_rows, stream_fit
+from edgec.compress.streaming import fit_by_rows
 from edgec.errors import NumericsError, UnsupportedModelError
 from edgec.fit import Factors
 from edgec.moments import SecondMoment
-from edgec.pipeline.stages import Progress, lossless
-from edgec.records import Choice
+from edgec.pipeline.stages import Progress, fit, fit_by_blocks, lossless
+from edgec.profile.store import load_profile
+from edgec.records import Choice, Plan
 from edgec.workspace import Workspace
 
 logger = logging.getLogger(__name__)
@@ -35,30 +37,27 @@ def refitted(
     if lossless(choices):
         return factors, ""
 
-    def fit(choice: Choice, weight: NDArray[Any], moment: SecondMoment | None) -> Factors:
+    def fit_tables_once(choice: Choice, weight: NDArray[Any], moment: SecondMoment | None) -> Factors:
         return factors[choice.layer] if choice.role == "embedding" else fit_by_rows(choice, weight, moment)
 
-    again: dict[str, Factors] = {}
+    def told(done: int, total: int) -> None:
+        progress("fitting block by block", done, total)
+
     try:
-        for group in stream_fit(
-            workspace.checkpoint,
-            workspace.layers,
-            choices,
-            workspace.calibration_batches,
-            fit_choice=fit,
-            progress=lambda done, total: progress("fitting block by block", done, total),
-        ):
-            again.update(group)
+        again = fit_by_blocks(workspace, choices, workspace.calibration_batches, told, fit_tables_once)
     except (UnsupportedModelError, NumericsError) as error:  # blocks that share weights; a stream that overflows
         logger.info("%s: not refitted block by block (%s)", workspace.folder, error)
         return factors, ""
-    before, after = (_divergence(workspace, tried) for tried in (factors, again))
-    told = f"{before:.3g} → {after:.3g}"
+    before, after = (workspace.loss_with(tried, workspace.divergence_on_search) for tried in (factors, again))
+    change = f"divergence {before:.3g} → {after:.3g}"
     if not after < before:
-        return factors, f"fitting block by block did not help and is discarded (divergence {told})"
-    return {name: again[name] for name in factors}, f"fitted block by block: divergence {told}"
+        return factors, f"fitting block by block did not help and is discarded ({change})"
+    return again, f"fitted block by block: {change}"
 
 
-def _divergence(workspace: Workspace, factors: Mapping[str, Factors]) -> float:
-    with workspace.substituted(factors) as model:
-        return workspace.divergence_on_search(model)
+def fit_from_profile(
+    workspace: Workspace, made: Plan, folder: Path, progress: Progress
+) -> tuple[Mapping[str, Factors], str]:
+    """What `refitted` makes of a given plan's factors that come from a profile folder's statistics."""
+    found = load_profile(folder, workspace.checkpoint)
+    return refitted(workspace, made.choices, fit(workspace, made.choices, found, progress), progress)

@@ -13,7 +13,7 @@ from typing import Any
 
 from edgec.calibration import Batches
 from edgec.compress.apply import fit_choices
-from edgec.compress.streaming import stream_fit
+from edgec.compress.streaming import FitChoice, stream_fit
 from edgec.errors import ProfileError, UnsupportedModelError, UsageError
 from edgec.export.artifacts import ArtifactKind
 from edgec.export.targets import get_target
@@ -127,8 +127,7 @@ def evaluator(workspace: Workspace, found: Profile, loss: Callable[[Any], float]
     def evaluate(choices: list[Choice]) -> float:
         key = key_of(choices)
         if key not in known:
-            with workspace.substituted(fit(workspace, choices, found, silent)) as model:
-                known[key] = loss(model)
+            known[key] = workspace.loss_with(fit(workspace, choices, found, silent), loss)
         return known[key]
 
     return evaluate
@@ -150,29 +149,32 @@ def fit_whole(workspace: Workspace, made: Plan, batches: Batches | None, progres
     return fit(workspace, made.choices, found, progress)
 
 
-def fit_plan(
-    workspace: Workspace, made: Plan, folder: Path | None, plain: bool, progress: Progress
-) -> dict[str, Factors]:
-    """Factors of a given plan: with a profile folder's statistics, plainly, or as `compress` fits it, every block on
-    what the compressed blocks before it produce.
-    """
-    if folder is not None:
-        return fit(workspace, made.choices, load_profile(folder, workspace.checkpoint), progress)
+def fit_plan(workspace: Workspace, made: Plan, plain: bool, progress: Progress) -> dict[str, Factors]:
+    """Factors of a given plan: plainly, or as `compress` fits it, block by block."""
     batches = calibration_batches(workspace, made, plain)
-    factors: dict[str, Factors] = {}
     try:
-        for group in stream_fit(
-            workspace.checkpoint,
-            workspace.layers,
-            made.choices,
-            batches,
-            progress=lambda done, total: progress("fitting", done, total),
-        ):
-            factors.update(group)
+        return fit_by_blocks(workspace, made.choices, batches, lambda done, total: progress("fitting", done, total))
     except UnsupportedModelError as error:  # blocks that share their weights, for one
         logger.info("%s: fitted as a whole (%s)", workspace.folder, error)
         return fit_whole(workspace, made, batches, progress)
-    return {choice.layer: factors[choice.layer] for choice in made.choices}
+
+
+def fit_by_blocks(
+    workspace: Workspace,
+    choices: Sequence[Choice],
+    batches: Batches | None,
+    progress: Callable[[int, int], None],
+    fit_choice: FitChoice | None = None,
+) -> dict[str, Factors]:
+    """Factors of all choices, in memory, every layer on what the compressed layers before it produce. Raises
+    UnsupportedModelError where the model does not run block by block.
+    """
+    factors: dict[str, Factors] = {}
+    for group in stream_fit(
+        workspace.checkpoint, workspace.layers, choices, batches, fit_choice=fit_choice, progress=progress
+    ):
+        factors.update(group)
+    return {choice.layer: factors[choice.layer] for choice in choices}
 
 
 def calibration_batches(workspace: Workspace, made: Plan, plain: bool) -> Batches | None:

@@ -15,13 +15,12 @@ from edgec.export.artifacts import kind_of
 from edgec.export.targets import all_targets, get_target, offered
 from edgec.modeling import DECODER_TASK
 from edgec.pipeline.pace import paced
-from edgec.pipeline.refit import refitted
+from edgec.pipeline.refit import fit_from_profile
 from edgec.pipeline.stages import (
     Goal,
     Progress,
     calibration_batches,
     explicit_plan,
-    fit,
     fit_whole,
     make_profile,
     planning_sizes,
@@ -30,7 +29,7 @@ from edgec.pipeline.stages import (
     silent,
 )
 from edgec.plan import files as plan_files
-from edgec.profile.store import Profile, load_profile, save_profile
+from edgec.profile.store import Profile, save_profile
 from edgec.records import Plan, Target
 from edgec.workspace import Workspace
 
@@ -120,8 +119,7 @@ def compress(
     made = explicit_plan(workspace, plan_text, target)
     text = plan_files.write_plan(made)
     if profile_folder is not None:
-        found = load_profile(profile_folder, workspace.checkpoint)
-        factors, note = refitted(workspace, made.choices, fit(workspace, made.choices, found, progress), progress)
+        factors, note = fit_from_profile(workspace, made, profile_folder, progress)
         logger.info("%s", note or "nothing to fit block by block")
     else:
         batches = calibration_batches(workspace, made, plain)
