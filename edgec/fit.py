@@ -7,7 +7,7 @@ room that needs a fitted layer (profile to score candidates, compress to apply a
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -19,12 +19,13 @@ from edgec import decompose
 from edgec.contraction import Contraction, Gather, core_shapes, dense, quantisable, walk
 from edgec.errors import NumericsError, PlanError
 from edgec.moments import SecondMoment, TableMoment
-from edgec.quantize import ggml, gptq, rtn
+from edgec.quantize import descent, ggml
 from edgec.quantize.formats import BACKBONE, CoreFormat, LayerFormat, PairFormat, QuantizedTensor, storable
 from edgec.quantize.ggml_formats import GgmlFormat
 from edgec.records import Spec
 
 Core = NDArray[Any] | QuantizedTensor
+Quantizer = Callable[[NDArray[Any], CoreFormat, SecondMoment | None], QuantizedTensor]
 
 _GPTQ_TABLE = 1 << 26
 """Largest dense table that is quantised by GPTQ [values]; the time grows with values × width. On MiniLM's (12 million
@@ -83,14 +84,20 @@ def stored_bytes(spec: Spec, shape: tuple[int, int], role: str, fmt: LayerFormat
 
 
 def fit(
-    weight: NDArray[Any], spec: Spec, fmt: LayerFormat, *, role: str = "linear", moment: SecondMoment | None = None
+    weight: NDArray[Any],
+    spec: Spec,
+    fmt: LayerFormat,
+    *,
+    role: str = "linear",
+    moment: SecondMoment | None = None,
+    quantizer: Quantizer = descent.quantize,
 ) -> Factors:
     """weight [out, in] (table [v, n] for an embedding) → Factors.
 
-    With a moment, the factorization is whitened by it and cores are quantised by GPTQ; without one, plain and
-    rounded to nearest. A table's is a `TableMoment`: its curvature does for a row what a layer's input moment does for
-    a row of a matrix. Raises NumericsError when the weight is not finite, PlanError for a pair of formats where no
-    core is a backbone.
+    With a moment, the factorization is whitened by it and cores are quantised for the least error of the output; else
+    plain and rounded to nearest. A table's is a `TableMoment`: its curvature does for a row what a layer's input
+    moment does for a row of a matrix. quantizer: of cores in `CoreFormat`s; ggml's own types have theirs. Raises
+    NumericsError when the weight is not finite, PlanError for a pair of formats where no core is a backbone.
     """
     if not np.isfinite(weight).all():
         raise NumericsError("the weight holds NaN or Inf")
@@ -102,7 +109,11 @@ def fit(
     def finish(name: str, core: NDArray[Any], core_moment: SecondMoment | None) -> NDArray[Any]:
         own = formats[name]
         if own.quantised:
-            quantised = _quantised(core, own, core_moment)
+            quantised: QuantizedTensor
+            if isinstance(own, GgmlFormat):
+                quantised = ggml.quantize(core, own, core_moment)
+            else:
+                quantised = quantizer(core, own, core_moment)
             cores[name] = quantised
             return quantised.dequantize()
         stored = np.ascontiguousarray(storable(core) if own.bits == 16 else core.astype(np.float32))
@@ -115,14 +126,6 @@ def fit(
         decompose.get(spec.kind).factorize(weight, spec, moment, finish)
     rms = None if moment is None or isinstance(moment, TableMoment) else np.sqrt(moment.diagonal)
     return Factors(contraction, cores, rms)
-
-
-def _quantised(core: NDArray[Any], fmt: CoreFormat, moment: SecondMoment | None) -> QuantizedTensor:
-    if isinstance(fmt, GgmlFormat):
-        return ggml.quantize(core, fmt, moment)
-    method = rtn if moment is None else gptq
-    result: QuantizedTensor = method.quantize(core, fmt, moment)
-    return result
 
 
 def core_formats(contraction: Contraction, fmt: LayerFormat) -> dict[str, CoreFormat]:

@@ -70,6 +70,15 @@ class SecondMoment:
             raise NumericsError("the second moment of the layer's input is singular, even damped")
         return np.asarray(inverse, dtype=np.float32)
 
+    def damped(self, share: float) -> NDArray[np.float32]:
+        """H + `share` of its mean diagonal, over that mean: float32 [k, k] whose diagonal is `share` at the least. The
+        identity where H is zero.
+        """
+        mean = float(np.trace(self.matrix)) / self.width
+        result = (self.matrix / mean if mean > 0 else self.matrix).astype(np.float32)
+        result[np.diag_indices_from(result)] += np.float32(share if mean > 0 else 1.0)
+        return result
+
     def squared(self, rows: Array) -> float:
         """tr(E H Eᵀ) for rows E [n, k]: the expected squared norm of E x."""
         e = np.asarray(rows, dtype=np.float32)

@@ -12,6 +12,7 @@ from edgec.errors import PlanError
 from edgec.fit import fit, stored_bytes
 from edgec.moments import SecondMoment
 from edgec.peers import Peer, Replacement
+from edgec.quantize import gptq
 from edgec.quantize.formats import FAST_BLOCKS, CoreFormat
 from edgec.quantize.ggml_formats import GgmlFormat
 from edgec.records import Spec, Target
@@ -47,7 +48,7 @@ def dense_peer(family: str, fmt: CoreFormat, target: Target, *, feedback: bool) 
 
     def make(weight: NDArray[Any], moment: SecondMoment | None) -> Replacement:
         own = fitting(fmt, int(weight.shape[1]))
-        factors = fit(weight, Spec("dense"), own, moment=moment if feedback else None)
+        factors = fit(weight, Spec("dense"), own, moment=moment if feedback else None, quantizer=gptq.quantize)
         return Replacement(factors, factors.stored_bytes, str(own), simulated=is_simulated(own))
 
     return Peer(family, f"{family} {fmt}", make, "none" if is_simulated(fmt) else target.name)
@@ -84,7 +85,7 @@ def sized_peers(
             ranks = [largest_rank(spec_of, top, shape, fmt, budget) for fmt in formats]
             rank = max(ranks)
             fmt = formats[ranks.index(rank)]
-            factors = fit(weight, spec_of(rank), fmt, moment=moment if whitened else None)
+            factors = fit(weight, spec_of(rank), fmt, moment=moment if whitened else None, quantizer=gptq.quantize)
             return Replacement(factors, factors.stored_bytes, f"χ={rank} {fmt}")
 
         return Peer(family, f"{family} + int8 at {budget:g}", make, target.name, bits=budget, factored=True)

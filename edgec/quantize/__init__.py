@@ -1,4 +1,4 @@
-"""A core in, a `QuantizedTensor` out. One file per method (`rtn`, `gptq`), each with
+"""A core in, a `QuantizedTensor` out. One file per method (`rtn`, `gptq`, `descent`), each with
 
     quantize(core, fmt, second_moment=None) -> QuantizedTensor
 

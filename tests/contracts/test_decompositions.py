@@ -25,7 +25,7 @@ from edgec.errors import EdgecError, NumericsError, PlanError
 from edgec.export.onnx.lowering import lower
 from edgec.fit import Factors, contraction_of, fit, stored_bytes
 from edgec.moments import SecondMoment
-from edgec.quantize import gptq
+from edgec.quantize import descent
 from edgec.quantize.formats import CoreFormat, QuantizedTensor
 from edgec.records import Spec
 
@@ -250,7 +250,7 @@ def test_refitting_to_the_quantised_core_pays(fmt: str) -> None:
                 stored: dict[str, NDArray[Any]] = stored,
                 feedback: bool = feedback,
             ) -> NDArray[Any]:
-                stored[name] = gptq.quantize(core, CoreFormat.parse(fmt), core_moment).dequantize()
+                stored[name] = descent.quantize(core, CoreFormat.parse(fmt), core_moment).dequantize()
                 return stored[name] if feedback else core
 
             tensor_train.factorize(weight, spec, moment, finish)

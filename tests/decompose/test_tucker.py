@@ -14,7 +14,7 @@ from edgec.decompose import tucker
 from edgec.errors import PlanError
 from edgec.fit import contraction_of, fit
 from edgec.moments import SecondMoment
-from edgec.quantize import gptq
+from edgec.quantize import descent
 from edgec.quantize.formats import CoreFormat
 from edgec.records import Spec
 
@@ -88,7 +88,7 @@ def test_refitting_to_the_quantised_cores_pays(modes: tuple[tuple[int, int], ...
                 stored: dict[str, NDArray[Any]] = stored,
                 feedback: bool = feedback,
             ) -> NDArray[Any]:
-                stored[name] = gptq.quantize(core, CoreFormat.parse("int2-b16"), core_moment).dequantize()
+                stored[name] = descent.quantize(core, CoreFormat.parse("int2-b16"), core_moment).dequantize()
                 return stored[name] if feedback else core
 
             tucker.factorize(weight, spec, moment, finish)

@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 from edgec import peers
 from edgec.errors import UsageError
 from edgec.export.targets import get_target
-from edgec.fit import stored_bytes
+from edgec.fit import fit, stored_bytes
 from edgec.moments import SecondMoment
 from edgec.peers import Peer, svd, tt
 from edgec.peers._cores import fitting, largest_rank
-from edgec.quantize.formats import CoreFormat
+from edgec.quantize import descent, gptq
+from edgec.quantize.formats import CoreFormat, QuantizedTensor
 from edgec.records import Spec
 
 TARGET = get_target("onnx-x64")
@@ -84,6 +85,18 @@ def test_what_nothing_executes_says_so() -> None:
     executed = _named("gptq", "GPTQ int4-b32").replace(weight, moment)
     assert not executed.simulated
     assert executed.healable
+
+
+def test_gptq_is_the_papers_and_not_what_edgec_makes_of_it() -> None:
+    weight, moment = _layer()
+    fmt = CoreFormat.parse("int4-b32")
+    stored = _named("gptq", "GPTQ int4-b32").replace(weight, moment).factors.cores["weight"]
+    own = fit(weight, Spec("dense"), fmt, moment=moment).cores["weight"]
+    assert isinstance(stored, QuantizedTensor)
+    assert isinstance(own, QuantizedTensor)
+    np.testing.assert_array_equal(stored.codes, gptq.quantize(weight, fmt, moment).codes)
+    np.testing.assert_array_equal(own.codes, descent.quantize(weight, fmt, moment).codes)
+    assert (stored.codes != own.codes).any()
 
 
 def test_looking_at_activations_pays() -> None:

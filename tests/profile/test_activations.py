@@ -233,4 +233,5 @@ def test_predicted_cosine_loss_of_an_encoder(encoder_source: Path) -> None:
     """Counting every token like a stranger, the last layers came out twenty times too cheap."""
     found = ratios(encoder_source, modeling.ENCODER_TASK, 2560)
     assert "embeddings.position_embeddings" in found
-    assert all(0.4 < ratio < 2.2 for ratio in found.values()), found
+    # The table is the least: what is quantised for the least predicted error is predicted with some of its optimism.
+    assert all(0.35 < ratio < 2.2 for ratio in found.values()), found

@@ -1,7 +1,8 @@
-"""RTN against brute force, GPTQ against RTN in the metric of the inputs."""
+"""RTN against brute force, GPTQ against RTN in the metric of the inputs, coordinate descent against GPTQ."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -10,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgec.moments import SecondMoment
-from edgec.quantize import gptq, rtn
+from edgec.moments import DAMPING, SecondMoment
+from edgec.quantize import descent, gptq, rtn
 from edgec.quantize.formats import CoreFormat, QuantizedTensor
 
 Array = np.ndarray[Any, Any]
@@ -157,3 +158,101 @@ def test_chunks_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = rtn.quantize(core, fmt)
     monkeypatch.setattr(rtn, "_CHUNK_VALUES", 64 * 7)
     assert same(rtn.quantize(core, fmt), whole)
+
+
+def damped_error(moment: SecondMoment, core: Array, stored: QuantizedTensor) -> float:
+    """What the descent lowers, in float64."""
+    error = core.astype(np.float64) - stored.dequantize()
+    return float(np.einsum("ij,jk,ik->", error, moment.damped(DAMPING).astype(np.float64), error))
+
+
+FORMATS = ["int8-b16", "int4-b16", "int4-b32", "int4-b16-zp", "int3-b16", "int2-b16", "int2-b64-zp"]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    name=st.sampled_from(FORMATS),
+    n=st.integers(1, 20),
+    k=st.integers(4, 70),
+    samples=st.integers(2, 200),
+    size=st.sampled_from([1e-20, 1e-3, 1.0, 1e20]),
+    seed=st.integers(0, 1000),
+)
+def test_descent_never_ends_above_gptq(name: str, n: int, k: int, samples: int, size: float, seed: int) -> None:
+    fmt, moment = CoreFormat.parse(name), correlated(k, seed, samples)
+    core = np.random.default_rng(seed).standard_normal((n, k)).astype(np.float32)
+    core *= np.float32(size)
+    core[0] = 0
+    before, after = (
+        damped_error(moment, core / size, replace(stored, scales=stored.scales.astype(np.float64) / size))
+        for stored in (method.quantize(core, fmt, moment) for method in (gptq, descent))
+    )
+    assert after <= before * (1 + 1e-4)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_descent_is_worth_its_time(name: str) -> None:
+    fmt = CoreFormat.parse(name)
+    gains = []
+    for seed in range(4):
+        core = np.random.default_rng(seed).standard_normal((24, 72)).astype(np.float32)
+        moment = correlated(72, seed)
+        errors = [moment.squared(m.quantize(core, fmt, moment).dequantize() - core) for m in (descent, gptq)]
+        gains.append(errors[0] / errors[1])
+    assert np.mean(gains) < 0.9
+
+
+@pytest.mark.parametrize("name", ["int4-b16", "int2-b16-zp"])
+def test_descent_ends_where_no_single_code_can_be_improved(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Brute force over every code of every place."""
+    monkeypatch.setattr(descent, "_SWEEPS", 60)
+    fmt, moment = CoreFormat.parse(name), correlated(20, 5)
+    core = np.random.default_rng(0).standard_normal((3, 20)).astype(np.float32)
+    found = descent.quantize(core, fmt, moment)
+    least = damped_error(moment, core, found)
+    assert least < damped_error(moment, core, gptq.quantize(core, fmt, moment))
+    for row, column, code in product(range(3), range(20), range(1 << fmt.bits)):
+        codes = found.codes.copy()
+        codes[row, column] = code
+        assert damped_error(moment, core, replace(found, codes=codes)) >= least * (1 - 1e-5)
+
+
+def test_descent_finds_scales_that_least_squares_would(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With its codes held, a block's scale is the one that minimises the error, but for its eight bits."""
+    monkeypatch.setattr(descent, "_SWEEPS", 60)
+    fmt, moment = CoreFormat.parse("int2-b16"), correlated(32, 2)
+    core = np.random.default_rng(1).standard_normal((5, 32)).astype(np.float32)
+    found = descent.quantize(core, fmt, moment)
+    h = moment.damped(DAMPING).astype(np.float64)
+    for row in range(5):
+        levels = np.zeros((32, 2))
+        for block in range(2):
+            inside = slice(16 * block, 16 * block + 16)
+            levels[inside, block] = found.codes[row, inside].astype(np.float64) - fmt.zero
+        best = np.linalg.solve(levels.T @ h @ levels, levels.T @ h @ core[row].astype(np.float64))
+        np.testing.assert_allclose(found.scales[row].astype(np.float64), best, rtol=2**-6)
+
+
+def test_descent_without_statistics_rounds_to_nearest_and_leaves_fp8_to_gptq() -> None:
+    core = np.random.default_rng(0).standard_normal((6, 40)).astype(np.float32)
+    assert same(descent.quantize(core, CoreFormat.parse("int4-b16")), rtn.quantize(core, CoreFormat.parse("int4-b16")))
+    fp8, moment = CoreFormat.parse("fp8-e4m3"), correlated(40, 0)
+    assert same(descent.quantize(core, fp8, moment), gptq.quantize(core, fp8, moment))
+
+
+def test_descent_with_a_singular_moment_stays_finite() -> None:
+    core = np.random.default_rng(0).standard_normal((8, 48)).astype(np.float32)
+    fmt = CoreFormat.parse("int4-b16")
+    for moment in (correlated(48, 1, 3), SecondMoment(np.zeros((48, 48)))):
+        stored = descent.quantize(core, fmt, moment)
+        assert np.isfinite(stored.dequantize()).all()
+        assert damped_error(moment, core, stored) <= damped_error(moment, core, gptq.quantize(core, fmt, moment))
+
+
+def test_the_descents_chunks_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    core, moment = np.random.default_rng(0).standard_normal((50, 64)).astype(np.float32), correlated(64, 0)
+    fmt = CoreFormat.parse("int4-b32-zp")
+    whole = descent.quantize(core, fmt, moment)
+    monkeypatch.setattr(descent, "_CHUNK_VALUES", 64 * 7)
+    chunked = descent.quantize(core, fmt, moment)
+    assert damped_error(moment, core, chunked) == pytest.approx(damped_error(moment, core, whole), rel=0.02)

@@ -15,7 +15,7 @@ from edgec.export.artifacts.gguf import whole_core
 from edgec.export.gguf.blocks import blocks, core_of, ggml_type
 from edgec.fit import fit
 from edgec.moments import SecondMoment
-from edgec.quantize import ggml, gptq, rtn
+from edgec.quantize import descent, ggml, gptq, rtn
 from edgec.quantize.formats import CoreFormat, QuantizedTensor
 from edgec.records import Spec
 
@@ -50,11 +50,12 @@ def test_the_file_holds_exactly_the_numbers_of_the_core(fmt: str, kind: str, see
 
 
 @pytest.mark.parametrize("fmt", ["int4-b32", "int8-b32"])
-def test_what_gptq_and_rounding_make_ships_without_another_rounding(fmt: str) -> None:
+def test_what_any_method_makes_ships_without_another_rounding(fmt: str) -> None:
     random = np.random.default_rng(1)
     weight, inputs = random.standard_normal((48, 96)), random.standard_normal((400, 96))
     moment = SecondMoment(inputs.T @ inputs / 400)
-    for stored in (gptq.quantize(weight, CoreFormat.parse(fmt), moment), rtn.quantize(weight, CoreFormat.parse(fmt))):
+    for method in (descent, gptq, rtn):
+        stored = method.quantize(weight, CoreFormat.parse(fmt), moment)
         values = ggml.library().dequantize(blocks(stored), ggml_type(stored), stored.shape)
         np.testing.assert_array_equal(values, stored.dequantize())
 
