@@ -75,8 +75,10 @@ class SecondMoment:
         identity where H is zero.
         """
         mean = float(np.trace(self.matrix)) / self.width
-        result = (self.matrix / mean if mean > 0 else self.matrix).astype(np.float32)
-        result[np.diag_indices_from(result)] += np.float32(share if mean > 0 else 1.0)
+        result = np.empty(self.matrix.shape, np.float32)  # no second float64 copy of what may be half a GB
+        seen = mean >= np.finfo(np.float64).tiny
+        np.multiply(self.matrix, 1 / mean if seen else 0.0, out=result, casting="same_kind")
+        result[np.diag_indices_from(result)] += np.float32(share if seen else 1.0)
         return result
 
     def squared(self, rows: Array) -> float:

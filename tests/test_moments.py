@@ -40,6 +40,21 @@ def test_a_zero_moment_is_treated_as_white() -> None:
     assert zero.squared(np.ones((2, 5))) == 0
 
 
+@pytest.mark.parametrize("size", [1.0, 1e80, 1e-80])
+def test_damped_is_in_units_of_the_mean_whatever_its_size(size: float) -> None:
+    """Squares of activations may be beyond float32."""
+    matrix = moment(12, 5)
+    found = SecondMoment(size * matrix).damped(0.02)
+    assert found.dtype == np.float32
+    mean = np.trace(matrix) / 12
+    np.testing.assert_allclose(found, matrix / mean + 0.02 * np.eye(12), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-320])
+def test_damped_is_the_identity_where_nothing_was_seen(size: float) -> None:
+    np.testing.assert_array_equal(SecondMoment(size * np.eye(4)).damped(0.01), np.eye(4, dtype=np.float32))
+
+
 def test_squared_is_the_expected_output_error() -> None:
     generator = np.random.default_rng(0)
     x, error = generator.standard_normal((200, 6)), generator.standard_normal((3, 6))
