@@ -69,7 +69,7 @@ class _Descent:
         self.zeros = np.full(self.scales.shape, fmt.zero, np.float32)
         if zeros is not None:
             self.zeros[:] = zeros.T
-        self.levels = codes[:, :k].T.astype(np.float32)
+        self.levels = np.ascontiguousarray(codes[:, :k].T, np.float32)
         self.levels -= self._spread(self.zeros)
         self.values = self.levels * self._spread(self.scales)
         self.pull = h @ (core.T.astype(np.float32) - self.values)
@@ -123,4 +123,4 @@ class _Descent:
 
     def _push(self, own: slice, steps: NDArray[np.float32]) -> None:
         """A block's steps into every column's pull, in place: numpy would make an array of all of them first."""
-        blas.sgemm(-1.0, steps.T, self.h[own].T, 1.0, self.pull.T, trans_b=1, overwrite_c=1)
+        self.pull = blas.sgemm(-1.0, steps.T, self.h[own].T, 1.0, self.pull.T, trans_b=1, overwrite_c=1).T
