@@ -124,7 +124,7 @@ class _Export:
         found = profile_of(workspace, self.target, self.request.profile, self.progress)
         evaluate = evaluator(workspace, found, workspace.divergence_on_search)
         over = 0.0
-        for _ in range(_REPLANS):
+        for attempt in range(_REPLANS):
             plans = self._plans(found, goal, sizes, evaluate)
             factors = fit(workspace, plans[0].choices, found, self.progress)
             product = self._written(plans[0], factors, workspace.checkpoint, draft)
@@ -136,7 +136,8 @@ class _Export:
                     product = self._smaller(product, goal, goal.line, found, sizes, evaluate)
                 return self._healed(product, found, plans[1:], goal.budget)
             logger.info("the written model is %d bytes over the budget; planning again", over)
-            sizes = replace(sizes, other_bytes=sizes.other_bytes + int(over) + 64)
+            # Another plan has another graph around its layers, some kB larger: room is given up faster and faster.
+            sizes = replace(sizes, other_bytes=sizes.other_bytes + (int(over) + 64) * 2**attempt)
         raise BudgetError(
             f"budget {goal}: no plan fits after {_REPLANS} tries; the last was {over:.0f} bytes over. Raise --budget"
         )
