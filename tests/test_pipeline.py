@@ -24,10 +24,12 @@ from edgec.errors import BudgetError, EdgecError, PlanError, RecipeError, UsageE
 from edgec.evaluate.embeddings import cosine
 from edgec.export.targets import get_target
 from edgec.export.verify import float_activations
-from edgec.pipeline import pace
+from edgec.heal.settings import parse_heal
+from edgec.pipeline import exporting, pace
 from edgec.pipeline.stages import silent
 from edgec.plan.budget import parse_budget
 from edgec.plan.files import write_plan
+from edgec.plan.planner import Sizes
 from edgec.plan.refine import Search
 from edgec.profile.store import load_profile
 from edgec.quantize.formats import CoreFormat
@@ -224,6 +226,39 @@ def test_a_budget_below_the_floor_names_the_floor(
     named = re.search(r"--budget (\S+)", str(caught.value))
     assert named, caught.value
     assert export("lm", budget=named[1].rstrip("."), quality=False).out.is_dir()  # what it names is enough
+
+
+def test_every_try_leaves_more_room(
+    encoder_source: Path,
+    text_file: Path,
+    profiles: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Another plan has another graph around it, and may be over the budget again by as much as the one before."""
+    rooms: list[int] = []
+    real = exporting.search_plan
+
+    def search(workspace: Any, found: Any, target: Any, goal: Any, sizes: Sizes, *rest: Any) -> Plan:
+        rooms.append(sizes.other_bytes)
+        return real(workspace, found, target, goal, sizes, *rest)
+
+    monkeypatch.setattr(exporting, "search_plan", search)
+    overruns = iter([1000.0, 900.0, 800.0])
+    monkeypatch.setattr("edgec.pipeline.exporting._Export._overrun", lambda *arguments: next(overruns, -1.0))
+    request = pipeline.ExportRequest(
+        encoder_source,
+        "onnx-x64",
+        tmp_path / "out",
+        "5bpw",
+        calibration=text_file,
+        profile=profiles("encoder"),
+        heal=parse_heal("off"),
+        search=Search("none"),
+        quality=False,
+    )
+    pipeline.export(request)
+    assert np.diff(rooms).tolist() == [1064, 2 * 964, 4 * 864]
 
 
 def test_plan_and_budget_together_are_refused(lm_source: Path, tmp_path: Path) -> None:
