@@ -19,13 +19,17 @@ from edgec import decompose
 from edgec.contraction import Contraction, Gather, core_shapes, dense, quantisable, walk
 from edgec.errors import NumericsError, PlanError
 from edgec.moments import SecondMoment, TableMoment
-from edgec.quantize import descent, ggml
+from edgec.quantize import descent, ggml, gptq
 from edgec.quantize.formats import BACKBONE, CoreFormat, LayerFormat, PairFormat, QuantizedTensor, storable
 from edgec.quantize.ggml_formats import GgmlFormat
 from edgec.records import Spec
 
 Core = NDArray[Any] | QuantizedTensor
 Quantizer = Callable[[NDArray[Any], CoreFormat, SecondMoment | None], QuantizedTensor]
+
+DRAFT: Quantizer = gptq.quantize
+"""What candidates are scored and plans are searched with: the order of two plans is nearly always the same, and descent
+takes two to five times as long. Plans that ship are fitted without it (`pipeline.refit`)."""
 
 _GPTQ_TABLE = 1 << 26
 """Largest dense table that is quantised by GPTQ [values]; the time grows with values × width. On MiniLM's (12 million

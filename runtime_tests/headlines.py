@@ -188,7 +188,7 @@ def healing_recovers(bench: Bench, settings: HealSettings) -> Headline:
     workspace, factors = bench.workspace, bench.low_rank(HEALED, aware=True)
     before = bench.increase(factors)
     choices = [make_choice(layer, _low_rank(layer, HEALED), FLOAT) for layer in bench.linears]
-    fitted, _ = refitted(workspace, choices, factors, lambda stage, done, total: None)
+    fitted, _ = refitted(workspace, choices, factors, bench.statistics.moment, lambda stage, done, total: None)
     between = bench.increase(dict(fitted))
     healed = healing.heal(workspace, healing.Start(fitted), settings)
     after = bench.judge.measure(healed.factors, healed.vectors)[0]["perplexity_ratio"] - 1

@@ -152,5 +152,5 @@ def folder_bytes(folder: Path) -> int:
 
 
 def fit_only_once(patch: pytest.MonkeyPatch) -> None:
-    """Exports keep the factors that their plan was searched with, and do not fit it again block by block."""
-    patch.setattr("edgec.pipeline.exporting.refitted", lambda workspace, choices, factors, progress: (factors, ""))
+    """Exports ship the drafts that their plan was searched with."""
+    patch.setattr("edgec.pipeline.exporting.refitted", lambda workspace, choices, drafts, *others: (drafts, ""))

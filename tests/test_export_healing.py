@@ -13,7 +13,6 @@ from edgec import healing, pipeline
 from edgec.errors import UsageError
 from edgec.heal.settings import parse_heal
 from edgec.plan.refine import Search
-from edgec.quantize import descent
 from edgec.runtime.ort_encoder import OrtEncoder
 from edgec.workspace import Workspace
 
@@ -22,10 +21,9 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module", autouse=True)
 def _fitted_once() -> Iterator[None]:
-    """A fit block by block, and the descent after GPTQ, leave sixteen steps nothing to heal in random weights."""
+    """A fit block by block leaves sixteen steps nothing to heal in random weights."""
     with pytest.MonkeyPatch.context() as patch:
         fit_only_once(patch)
-        patch.setattr(descent, "_SWEEPS", 0)
         yield
 
 

@@ -17,18 +17,22 @@ from edgec.export.targets import get_target
 from edgec.fit import Factors
 from edgec.heal.settings import parse_heal
 from edgec.pipeline import refit, stages
-from edgec.pipeline.stages import fit_whole, silent
+from edgec.pipeline.stages import fit, fit_drafts, silent
 from edgec.plan.planner import constrained_plan
 from edgec.plan.refine import Search
+from edgec.profile.activations import Statistics, collect
+from edgec.profile.store import Profile
 from edgec.records import Plan
 from edgec.workspace import Workspace
 
 
-def started(folder: Path, text: Path, plan: str) -> tuple[Workspace, Plan, dict[str, Factors]]:
-    """A plan fitted on the dense model's activations."""
+def started(folder: Path, text: Path, plan: str) -> tuple[Workspace, Plan, Statistics, dict[str, Factors]]:
+    """A plan and its drafts on the dense model's activations."""
     workspace = Workspace(folder, text)
     made = constrained_plan(plan, workspace.layers, get_target("onnx-x64"), workspace.checkpoint.fingerprint)
-    return workspace, made, fit_whole(workspace, made, workspace.calibration_batches, silent)
+    found = collect(workspace.model, workspace.layers, workspace.calibration_batches, pooling=workspace.pooling)
+    whole = Profile(workspace.checkpoint.fingerprint, "", found.tokens, (), found)
+    return workspace, made, found, fit_drafts(workspace, made.choices, whole, silent)
 
 
 def divergence(workspace: Workspace, factors: Mapping[str, Factors]) -> float:
@@ -41,53 +45,74 @@ def divergence(workspace: Workspace, factors: Mapping[str, Factors]) -> float:
 def test_fitted_block_by_block_is_closer(
     source: str, plan: str, text_file: Path, request: pytest.FixtureRequest
 ) -> None:
-    """On text that took part in nothing, with the same bytes and the same tables."""
-    workspace, made, factors = started(request.getfixturevalue(source), text_file, plan)
+    """On text that took part in nothing, with the same bytes."""
+    workspace, made, found, drafts = started(request.getfixturevalue(source), text_file, plan)
     told: list[str] = []
-    again, note = refit.refitted(workspace, made.choices, factors, lambda stage, done, total: told.append(stage))
+
+
+    def tell(stage: str, done: int, total: int) -> None:
+        told.append(stage)
+
+    again, note = refit.refitted(workspace, made.choices, drafts, found.moment, tell)
     assert note.startswith("fitted block by block: divergence") and set(told) == {"fitting block by block"}
-    assert list(again) == list(factors)
+    assert list(again) == list(drafts)
     for choice in made.choices:
-        assert again[choice.layer].stored_bytes == factors[choice.layer].stored_bytes
-    assert divergence(workspace, again) < 0.9 * divergence(workspace, factors)
+        assert again[choice.layer].stored_bytes == drafts[choice.layer].stored_bytes
+    assert divergence(workspace, again) < 0.9 * divergence(workspace, drafts)
 
 
-def test_tables_keep_what_gradients_made_of_them(encoder_source: Path, text_file: Path) -> None:
-    workspace, made, factors = started(encoder_source, text_file, "dense:int4-b32")
-    again, _ = refit.refitted(workspace, made.choices, factors, silent)
+@pytest.mark.parametrize("by_blocks", [True, False])
+def test_tables_are_fitted_on_what_gradients_say(
+    by_blocks: bool, encoder_source: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Alike whether the model runs block by block or not; and no longer as drafts."""
+    workspace, made, found, drafts = started(encoder_source, text_file, "dense:int4-b32")
+    expected = fit(workspace, made.choices, found.moment, silent)
+    if not by_blocks:
+        monkeypatch.setattr(stages, "stream_fit", overflows)
+    again, _ = refit.refitted(workspace, made.choices, drafts, found.moment, silent)
     tables = [c.layer for c in made.choices if c.role == "embedding"]
-    assert tables and all(again[name] is factors[name] for name in tables)
+    assert tables
+    for name in tables:
+        np.testing.assert_array_equal(again[name].dense(), expected[name].dense())
+    word = tables[0]
+    assert not np.array_equal(again[word].dense(), drafts[word].dense())
 
 
 def test_what_does_not_help_is_discarded(
     encoder_source: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    workspace, made, factors = started(encoder_source, text_file, "dense:int4-b32")
+    workspace, made, found, drafts = started(encoder_source, text_file, "dense:int4-b32")
 
     def spoilt(*arguments: Any, **options: Any) -> Any:
         last = made.choices[-1]
-        zeros = Factors(factors[last.layer].contraction, {"weight": np.zeros(last.shape, np.float32)})
-        yield {**factors, last.layer: zeros}
+        zeros = Factors(drafts[last.layer].contraction, {"weight": np.zeros(last.shape, np.float32)})
+        yield {**drafts, last.layer: zeros}
 
     monkeypatch.setattr(stages, "stream_fit", spoilt)
-    kept, note = refit.refitted(workspace, made.choices, factors, silent)
-    assert kept is factors and "did not help and is discarded" in note
+    kept, note = refit.refitted(workspace, made.choices, drafts, found.moment, silent)
+    assert kept is drafts and "did not help and is discarded" in note
 
 
-def test_what_cannot_be_fitted_so_stays(
+def overflows(*arguments: Any, **options: Any) -> Any:
+    raise NumericsError("block 'encoder.layer.1' is not finite on the calibration text")
+    yield
+
+
+def test_floats_have_nothing_to_gain(encoder_source: Path, text_file: Path) -> None:
+    workspace, made, found, drafts = started(encoder_source, text_file, "dense:fp32")
+    assert refit.refitted(workspace, made.choices, drafts, found.moment, silent) == (drafts, "")
+
+
+def test_what_does_not_run_block_by_block_is_fitted_on_the_dense_model(
     encoder_source: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Floats have nothing to gain; blocks that share their weights, and a stream that overflows, are no failure."""
-    workspace, made, factors = started(encoder_source, text_file, "dense:fp32")
-    assert refit.refitted(workspace, made.choices, factors, silent) == (factors, "")
-
-    def overflows(*arguments: Any, **options: Any) -> Any:
-        raise NumericsError("block 'encoder.layer.1' is not finite on the calibration text")
-        yield
-
-    workspace, made, factors = started(encoder_source, text_file, "dense:int4-b32")
+    """Blocks that share their weights, and a stream that overflows, are no failure."""
+    workspace, made, found, drafts = started(encoder_source, text_file, "dense:int2-b64")
     monkeypatch.setattr(stages, "stream_fit", overflows)
-    assert refit.refitted(workspace, made.choices, factors, silent) == (factors, "")
+    again, note = refit.refitted(workspace, made.choices, drafts, found.moment, silent)
+    assert note.startswith("fitted on the dense model's activations: divergence")
+    assert divergence(workspace, again) < 0.95 * divergence(workspace, drafts)
 
 
 @pytest.mark.slow

@@ -11,9 +11,10 @@ from torch import nn
 from edgec.compress.modules import Factored, FactoredEmbedding, FactoredLinear
 from edgec.contraction import Contraction, MatMul
 from edgec.errors import EdgecError
-from edgec.fit import FactorCache, Factors, fit
+from edgec.fit import FactorCache, Factors, Quantizer, fit
 from edgec.modeling import Layer
 from edgec.moments import SecondMoment
+from edgec.quantize import descent
 from edgec.quantize.formats import LayerFormat
 from edgec.records import Choice
 
@@ -28,6 +29,8 @@ def fit_choices(
     moments: Callable[[str], SecondMoment | None],
     cache: FactorCache | None = None,
     progress: Callable[[int, int], None] | None = None,
+    *,
+    quantizer: Quantizer = descent.quantize,
 ) -> dict[str, Factors]:
     """Factors of every chosen layer. A tied head that is dense in its table's format shares the table's cores.
 
@@ -38,11 +41,12 @@ def fit_choices(
     fitted: dict[str, Factors] = {}
     for done, choice in enumerate(choices):
         fmt = LayerFormat.parse(choice.format)
-        key = (choice.layer, choice.spec, fmt)
+        key = (choice.layer, choice.spec, fmt, quantizer)
         found = cache.get(key) if cache else None
         if found is None:
             try:
-                found = fit(weights(choice.layer), choice.spec, fmt, role=choice.role, moment=moments(choice.layer))
+                weight, moment = weights(choice.layer), moments(choice.layer)
+                found = fit(weight, choice.spec, fmt, role=choice.role, moment=moment, quantizer=quantizer)
             except EdgecError as error:
                 raise type(error)(f"layer {choice.layer!r}: {error}") from error
             if cache:

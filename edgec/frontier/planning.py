@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from edgec.compress.apply import fit_choices
 from edgec.fit import Factors
-from edgec.pipeline import Goal, Progress, refitted, search_plan
+from edgec.pipeline import Goal, Progress, fit_drafts, refitted, search_plan
 from edgec.plan.budget import parse_budget
 from edgec.plan.planner import Sizes
 from edgec.plan.refine import Search
 from edgec.profile.store import Profile
-from edgec.records import Choice, Target
+from edgec.records import Target
 from edgec.workspace import Workspace
 
 logger = logging.getLogger(__name__)
@@ -42,9 +41,6 @@ def pipeline_planner(
 ) -> Planner:
     """The pipeline's own search, on text of its own, and the best plan fitted."""
 
-    def fitted(choices: Sequence[Choice]) -> dict[str, Factors]:
-        return fit_choices(choices, workspace.weight, workspace.layers, found.statistics.moment, workspace.cache)
-
     def plan(budget: str) -> Planned:
         def told(stage: str, done: int, total: int) -> None:
             progress(f"planning {budget}", done, total)
@@ -52,7 +48,8 @@ def pipeline_planner(
         sizes = Sizes(workspace.checkpoint.parameters, other_bytes=0)  # a budget on linears counts nothing else
         made = search_plan(workspace, found, target, Goal(parse_budget(budget), search=search), sizes, told)
         linears = [c for c in made.choices if c.role == "linear"]
-        whole, note = refitted(workspace, made.choices, fitted(made.choices), told)
+        drafts = fit_drafts(workspace, made.choices, found, told)
+        whole, note = refitted(workspace, made.choices, drafts, found.statistics.moment, told)
         logger.info("%s: %s", budget, note or "not fitted block by block")
         factors = {c.layer: whole[c.layer] for c in linears}
         size = sum(fitted.stored_bytes for fitted in factors.values())

@@ -7,7 +7,17 @@ needs a judgement from further on (a plan wants its end-to-end loss) it gets a c
 from edgec.errors import EdgecError
 from edgec.pipeline.exporting import Exported, ExportRequest, export
 from edgec.pipeline.refit import refitted
-from edgec.pipeline.stages import Goal, Progress, evaluator, explicit_plan, fit, make_profile, profile_of, search_plan
+from edgec.pipeline.stages import (
+    Goal,
+    Progress,
+    evaluator,
+    explicit_plan,
+    fit,
+    fit_drafts,
+    make_profile,
+    profile_of,
+    search_plan,
+)
 from edgec.pipeline.verbs import compress, plan, profile
 from edgec.pipeline.verified import measure_quality
 
@@ -22,6 +32,7 @@ __all__ = [
     "explicit_plan",
     "export",
     "fit",
+    "fit_drafts",
     "make_profile",
     "measure_quality",
     "plan",

@@ -27,7 +27,7 @@ from edgec.pipeline.stages import (
     Progress,
     evaluator,
     explicit_plan,
-    fit,
+    fit_drafts,
     fit_plan,
     manifest_bytes,
     planning_sizes,
@@ -126,12 +126,12 @@ class _Export:
         over = 0.0
         for attempt in range(_REPLANS):
             plans = self._plans(found, goal, sizes, evaluate)
-            factors = fit(workspace, plans[0].choices, found, self.progress)
+            factors = fit_drafts(workspace, plans[0].choices, found, self.progress)
             product = self._written(plans[0], factors, workspace.checkpoint, draft)
             draft = None  # writing consumes it
             over = self._overrun(goal.budget, product.written)
             if over <= 0:
-                product = self._refitted(product, goal.budget)
+                product = self._refitted(product, found, goal.budget)
                 if goal.line is not None:
                     product = self._smaller(product, goal, goal.line, found, sizes, evaluate)
                 return self._healed(product, found, plans[1:], goal.budget)
@@ -187,9 +187,9 @@ class _Export:
         written = _write(self.kind, source, draft, factors, self.target, self.stage, self.progress)
         return Product(plan, factors, written, source)
 
-    def _refitted(self, product: Product, budget: Budget | None) -> Product:
-        """The product with its factors fitted block by block, where that is closer to the dense model."""
-        factors, note = refitted(self.workspace, product.plan.choices, product.factors, self.progress)
+    def _refitted(self, product: Product, found: Profile, budget: Budget | None) -> Product:
+        """The product with its factors fitted as they are to ship, where that is closer to the dense model."""
+        factors, note = self._fitted(product.plan, found, product.factors)
         plan = _noted(product.plan, note)
         if factors is product.factors:
             return replace(product, plan=plan)
@@ -199,6 +199,13 @@ class _Export:
             return self._written(product.plan, product.factors, product.source)
         return made
 
+    def _fitted(
+        self, plan: Plan, found: Profile, drafts: Mapping[str, Factors] | None = None
+    ) -> tuple[Mapping[str, Factors], str]:
+        """A searched plan's factors as they ship, and what to note of them. drafts: the plan's, where at hand."""
+        drafts = drafts or fit_drafts(self.workspace, plan.choices, found, silent)
+        return refitted(self.workspace, plan.choices, drafts, found.statistics.moment, self.progress)
+
     def _smaller(
         self, product: Product, goal: Goal, line: Line, found: Profile, sizes: Sizes, evaluate: Evaluate
     ) -> Product:
@@ -206,13 +213,13 @@ class _Export:
         searched for with factors that lose more.
         """
         workspace = self.workspace
-        searched = fit(workspace, product.plan.choices, found, silent)
+        searched = fit_drafts(workspace, product.plan.choices, found, silent)
         before, after = (workspace.loss_with(f, workspace.accepted_loss) for f in (searched, product.factors))
         eased = line.value * before / max(after, 1e-12)
         if not line.value < eased < 1:
             return product
         plan = self._plans(found, replace(goal, line=replace(line, value=eased)), sizes, evaluate)[0]
-        factors, _ = refitted(workspace, plan.choices, fit(workspace, plan.choices, found, silent), self.progress)
+        factors, _ = self._fitted(plan, found)
         loss = workspace.loss_with(factors, workspace.accepted_loss)
         if plan.bytes >= product.plan.bytes or not loss <= line.value:
             return product
@@ -231,8 +238,8 @@ class _Export:
         if rivals and not healing.reason_to_skip(self.workspace, settings, product.factors):
             heats = [(plan, start)]
             for rival in rivals:
-                factors = fit(self.workspace, rival.choices, found, silent)
-                heats.append((rival, healing.Start(refitted(self.workspace, rival.choices, factors, self.progress)[0])))
+                assert found is not None
+                heats.append((rival, healing.Start(self._fitted(rival, found)[0])))
             tried = []
             for number, (rival, entry) in enumerate(heats):
                 heat = settings.shortened(_HEAT_SHARE)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ from edgec.compress.streaming import FitChoice, stream_fit
 from edgec.errors import ProfileError, UnsupportedModelError, UsageError
 from edgec.export.artifacts import ArtifactKind
 from edgec.export.targets import get_target
-from edgec.fit import Factors
+from edgec.fit import DRAFT, Factors
 from edgec.modeling import Layer
+from edgec.moments import SecondMoment
 from edgec.plan import files as plan_files
 from edgec.plan.acceptance import Line, plan_to_loss
 from edgec.plan.budget import Budget
@@ -127,7 +129,7 @@ def evaluator(workspace: Workspace, found: Profile, loss: Callable[[Any], float]
     def evaluate(choices: list[Choice]) -> float:
         key = key_of(choices)
         if key not in known:
-            known[key] = workspace.loss_with(fit(workspace, choices, found, silent), loss)
+            known[key] = workspace.loss_with(fit_drafts(workspace, choices, found, silent), loss)
         return known[key]
 
     return evaluate
@@ -136,7 +138,7 @@ def evaluator(workspace: Workspace, found: Profile, loss: Callable[[Any], float]
 def fit_whole(workspace: Workspace, made: Plan, batches: Batches | None, progress: Progress) -> dict[str, Factors]:
     """Factors of a given plan on the activations of the whole dense model, in memory; plainly where there are none."""
     if batches is None:
-        return fit(workspace, made.choices, None, progress)
+        return fit(workspace, made.choices, lambda name: None, progress)
     statistics = collect(
         workspace.model,
         workspace.layers,
@@ -145,8 +147,7 @@ def fit_whole(workspace: Workspace, made: Plan, batches: Batches | None, progres
         curvature=any(c.role == "embedding" and c.spec.kind != "dense" for c in made.choices),
         progress=lambda done, total: progress("calibrating", done, total),
     )
-    found = Profile(workspace.checkpoint.fingerprint, workspace.text.origin, statistics.tokens, (), statistics)
-    return fit(workspace, made.choices, found, progress)
+    return fit(workspace, made.choices, statistics.moment, progress)
 
 
 def fit_plan(workspace: Workspace, made: Plan, plain: bool, progress: Progress) -> dict[str, Factors]:
@@ -230,14 +231,27 @@ def manifest_bytes(workspace: Workspace) -> int:
     return 4096 + 1024 * len(workspace.layers)
 
 
-def fit(
-    workspace: Workspace, choices: Sequence[Choice], found: Profile | None, progress: Progress
+def fit_drafts(
+    workspace: Workspace, choices: Sequence[Choice], found: Profile, progress: Progress
 ) -> dict[str, Factors]:
+    """Factors that a search compares plans by, on the activations of the dense model; the workspace remembers them."""
     return fit_choices(
         choices,
         workspace.weight,
         workspace.layers,
-        found.statistics.moment if found else lambda name: None,
+        found.statistics.moment,
         workspace.cache,
-        lambda done, total: progress("fitting", done, total),
+        partial(progress, "drafting"),
+        quantizer=DRAFT,
     )
+
+
+def fit(
+    workspace: Workspace,
+    choices: Sequence[Choice],
+    moments: Callable[[str], SecondMoment | None],
+    progress: Progress,
+) -> dict[str, Factors]:
+    """Factors as they ship, on the activations of the dense model; plainly where `moments` has none."""
+    told = partial(progress, "fitting")
+    return fit_choices(choices, workspace.weight, workspace.layers, moments, progress=told)

@@ -15,7 +15,7 @@ from edgec.calibration import Batches
 from edgec.checkpoint import Checkpoint
 from edgec.contraction import flops, parameters
 from edgec.errors import EdgecError, NumericsError
-from edgec.fit import FactorCache, Factors, contraction_of, fit
+from edgec.fit import DRAFT, FactorCache, Factors, contraction_of, fit
 from edgec.modeling import Layer
 from edgec.moments import SecondMoment
 from edgec.pooling import Pooling
@@ -145,8 +145,8 @@ class Scorer:
         return choices
 
     def choice(self, spec: Spec, fmt: LayerFormat) -> Choice:
-        """Fit one candidate and score it."""
-        factors = self.fit(spec, fmt)
+        """Fit one candidate, as a draft, and score it."""
+        factors = self.draft(spec, fmt)
         difference = self.weight - factors.dense()
         error = float(np.sqrt(max(self._squared(difference), 0.0) / self.whole)) if self.whole > 0 else 0.0
         return Choice(
@@ -161,11 +161,11 @@ class Scorer:
             loss=self.statistics.divergence(self.layer.name, difference),
         )
 
-    def fit(self, spec: Spec, fmt: LayerFormat) -> Factors:
-        key = (self.layer.name, spec, fmt)
+    def draft(self, spec: Spec, fmt: LayerFormat) -> Factors:
+        key = (self.layer.name, spec, fmt, DRAFT)
         found = self.cache.get(key) if self.cache else None
         if found is None:
-            found = fit(self.weight, spec, fmt, role=self.layer.role, moment=self.moment)
+            found = fit(self.weight, spec, fmt, role=self.layer.role, moment=self.moment, quantizer=DRAFT)
             if self.cache:
                 self.cache.put(key, found)
         return found

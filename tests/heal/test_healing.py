@@ -30,7 +30,7 @@ def case(
     """A model at half of its parameters and 4 bits: much to heal."""
     workspace = Workspace(encoder_source if request.param == "encoder" else lm_source, text_file)
     made = explicit_plan(workspace, "uniform:0.5", "onnx-x64")
-    return workspace, Start(pipeline.fit(workspace, made.choices, None, silent))
+    return workspace, Start(pipeline.fit(workspace, made.choices, lambda name: None, silent))
 
 
 def test_healing_brings_the_model_closer_and_repeats_itself(case: tuple[Workspace, Start]) -> None:

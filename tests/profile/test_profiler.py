@@ -65,10 +65,10 @@ def test_white_statistics_make_errors_frobenius() -> None:
     weight = np.random.default_rng(0).standard_normal((48, 64)).astype(np.float32)
     scorer = Scorer(Layer("x", "linear", weight.shape), weight, white(64, 48))
     for spec, fmt in [(Spec("dense"), INT4), (Spec("svd", (16,)), INT4), (Spec("dense"), CoreFormat(16))]:
-        choice, difference = scorer.choice(spec, fmt), weight - scorer.fit(spec, fmt).dense()
+        choice, difference = scorer.choice(spec, fmt), weight - scorer.draft(spec, fmt).dense()
         assert choice.error == pytest.approx(np.linalg.norm(difference) / np.linalg.norm(weight), rel=1e-4)
         assert choice.loss == pytest.approx(0.5 * np.linalg.norm(difference) ** 2, rel=1e-4)
-        assert choice.bytes == scorer.fit(spec, fmt).stored_bytes
+        assert choice.bytes == scorer.draft(spec, fmt).stored_bytes
     assert scorer.choice(Spec("svd", (16,)), INT4).flops == 2 * 16 * (48 + 64)
 
 
@@ -78,7 +78,7 @@ def test_table_errors_are_weighed_by_how_often_rows_are_read() -> None:
     frequencies[[3, 4]] = 0.75, 0.25
     statistics = Statistics({"x": frequencies}, {"x": np.eye(32, dtype=np.float32)}, 100)
     scorer = Scorer(Layer("x", "embedding", (100, 32)), table, statistics)
-    choice, difference = scorer.choice(Spec("dense"), INT4), table - scorer.fit(Spec("dense"), INT4).dense()
+    choice, difference = scorer.choice(Spec("dense"), INT4), table - scorer.draft(Spec("dense"), INT4).dense()
     squares = (difference**2).sum(1)
     assert choice.loss == pytest.approx(0.5 * float(smoothed(frequencies) @ squares), rel=1e-4)
     whole = 0.75 * (table[3] ** 2).sum() + 0.25 * (table[4] ** 2).sum()
@@ -127,11 +127,11 @@ def test_fitted_candidates_are_cached_up_to_a_size() -> None:
     weight = np.random.default_rng(0).standard_normal((64, 64)).astype(np.float32)
     cache = FactorCache(cap_bytes=40_000)
     scorer = Scorer(Layer("x", "linear", (64, 64)), weight, white(64, 64), cache)
-    first = scorer.fit(Spec("dense"), CoreFormat(32))
-    assert scorer.fit(Spec("dense"), CoreFormat(32)) is first
+    first = scorer.draft(Spec("dense"), CoreFormat(32))
+    assert scorer.draft(Spec("dense"), CoreFormat(32)) is first
     for rank in (8, 16, 24, 32, 40):
-        scorer.fit(Spec("svd", (rank,)), CoreFormat(32))
-    assert scorer.fit(Spec("dense"), CoreFormat(32)) is not first
+        scorer.draft(Spec("svd", (rank,)), CoreFormat(32))
+    assert scorer.draft(Spec("dense"), CoreFormat(32)) is not first
     assert cache._bytes <= 40_000
 
 

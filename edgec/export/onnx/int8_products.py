@@ -40,10 +40,10 @@ _OPSETS = {"": 21}
 _LEAST_K = 64
 """Below it, quantising the input costs what the faster product gains: rotations are unpacked to floats."""
 _BITS = (2, 4, 8)
-_TOP = 96
-"""Largest int8 weight. x86 CPUs without VNNI add two products of a uint8 and an int8 in 16 bits and saturate. Simulated
-on MiniLM, that is 2.5 % of a product where weights go up to 127 (onnxruntime's dynamic quantization), 0.9 % at 112, and
-never happens at 96; up to 64 it cannot, but rounding so coarsely costs MiniLM 0.0015 of cosine at any CPU."""
+_PAIR = 127
+"""Largest sum of two neighbouring int8 weights of a row, before rounding. x86 CPUs without VNNI add the products of two
+int8 weights and two uint8 inputs in 16 bits and saturate (vpmaddubsw): 255 · 128 fits, so no input of any model does.
+A bound of 64 on every weight alone would say the same and cost MiniLM 0.0015 of cosine; this is about 87 of them."""
 _STRONGEST, _EXPONENT = 64, 0.7
 """Of 1 to 128 channels and exponents of 0.3 to 1, among the best on MiniLM (calibrated on STS-B train, judged on other
 sentences of it and on WikiText); the optimum is flat."""
@@ -173,8 +173,9 @@ def _operands(core: QuantizedTensor, smooth: NDArray[np.float16] | None) -> dict
     for field in range(fields):
         packed |= ((columns[:, field] << (8 - bits * (field + 1))) & _mask(bits, field)).astype(np.uint8)
     weights = core.dequantize()
-    largest = np.abs(weights if smooth is None else weights * smooth.astype(np.float32)).max(axis=1)
-    rows = np.where(largest > 0, largest / _TOP, 1.0).astype(np.float32)
+    magnitudes = np.abs(weights if smooth is None else weights * smooth.astype(np.float32))
+    largest = magnitudes.reshape(n, k // 2, 2).sum(axis=2).max(axis=1)
+    rows = np.where(largest > 0, largest / _PAIR, 1.0).astype(np.float32)
     codes = packed.view(np.int8) if bits == 8 else packed
     return {
         "codes": codes,

@@ -86,6 +86,19 @@ def test_any_weights(
     assert relative(found, expected) < 0.03
 
 
+def test_no_pair_of_products_overflows_16_bits(tmp_path: Path) -> None:
+    """CPUs without VNNI add two neighbours so; three strong channels side by side cost 5 % of the product there."""
+    x = inputs(256, 3)
+    for fmt in FORMATS:
+        for factors in (fitted(fmt, x=x), fitted(fmt)):
+            session(lowered(factors), tmp_path, tmp_path / "optimized.onnx")
+            stored = map(onnx.numpy_helper.to_array, onnx.load(tmp_path / "optimized.onnx").graph.initializer)
+            (weights,) = [w for w in stored if w.dtype == np.int8]
+            assert weights.shape == (256, 96)
+            sums = np.abs(weights.astype(int)).reshape(128, 2, 96).sum(axis=1)
+            assert 120 < sums.max() <= 128
+
+
 def test_strong_channels_are_balanced(tmp_path: Path) -> None:
     x = inputs(256, 3)
     measured, blind = fitted("int8-b128", x=x), fitted("int8-b128")
