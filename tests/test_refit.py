@@ -112,7 +112,7 @@ def test_what_does_not_run_block_by_block_is_fitted_on_the_dense_model(
     monkeypatch.setattr(stages, "stream_fit", overflows)
     again, note = refit.refitted(workspace, made.choices, drafts, found.moment, silent)
     assert note.startswith("fitted on the dense model's activations: divergence")
-    assert divergence(workspace, again) < 0.95 * divergence(workspace, drafts)
+    assert divergence(workspace, again) < divergence(workspace, drafts)
 
 
 @pytest.mark.slow

@@ -23,7 +23,6 @@ from edgec.compress.apply import apply_factors
 from edgec.compress.modules import Factored
 from edgec.contraction import Contraction, Gather, walk
 from edgec.fit import Core, Factors
-from edgec.modeling import block_list
 from edgec.quantize.formats import QuantizedTensor, storable, storable_scales
 from edgec.quantize.ggml_formats import GgmlTensor
 
@@ -237,11 +236,6 @@ class Student:
                 if name in vectors:
                     parameter.data.copy_(torch.from_numpy(vectors[name]))
                 self._plain[name] = parameter
-
-    def blocks(self) -> list[nn.Module]:
-        """The transformer blocks, none where the model has no list of them: then it learns as a whole only."""
-        name = block_list(self.model, self._factors)
-        return list(cast(nn.ModuleList, self.model.get_submodule(name))) if name else []
 
     def rates(self) -> list[tuple[nn.Parameter, float]]:
         """Every parameter that learns, with its base learning rate, in a stable order."""

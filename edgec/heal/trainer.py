@@ -3,11 +3,13 @@ fooled.
 
 What counts is the divergence from the dense model on held-out text. The best state by that measure is kept; a run
 that does not beat its own start is thrown away; one that diverges goes back to its best state at half the rate.
+
+The whole model learns at once. What a block can learn on its own it has when it comes here (`pipeline.refit`, in closed
+form): steps in which every block followed its own gradients made each of three models worse, and were undone.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 import time
@@ -21,7 +23,7 @@ import transformers
 from torch import Tensor, nn
 
 from edgec.heal.cores import Student
-from edgec.heal.losses import Batch, distillation_loss, hidden_loss, look
+from edgec.heal.losses import Batch, distillation_loss, look
 from edgec.heal.settings import HealSettings
 from edgec.heal.state import RunState, load_state, save_state
 from edgec.pooling import Pooling
@@ -37,10 +39,6 @@ _JUDGING = 0.12
 _DIVERGED = 3.0
 """A held-out divergence this many times the best one is a run gone wrong."""
 _MAX_RESTARTS = 3
-_BLOCKWISE, _BLOCKWISE_STEPS = 0.15, 64
-"""Every block learns on its own for this share of the run, and so many steps at most; see `_local`. On a small Llama at
-2.5 bits, 75 of 500 steps so spent end closer to the dense model than none, while 600 of 4000 lead away from it.
-"""
 
 
 @dataclass(frozen=True)
@@ -91,13 +89,12 @@ class HealRun:
         for batch in self._stream(state.step):
             for group, (_, base) in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = base * self.rate * state.damping * _schedule(self._share(state))
-            local = self._blockwise(state)
-            loss = self._step(batch, optimizer, local=local)
+            loss = self._step(batch, optimizer)
             state = replace(state, step=state.step + 1, seconds=time.monotonic() - started)
-            share, turns = self._share(state), local and not self._blockwise(state)
+            share = self._share(state)
             self.progress(int(1000 * share), 1000)
             busy = self.settings.mode != "steps" and judging > _JUDGING * state.seconds
-            if math.isfinite(loss) and share < 1 and not turns and (share < mark or busy):
+            if math.isfinite(loss) and share < 1 and (share < mark or busy):
                 continue
             mark = share + 1 / _CHECKS
             begun = time.monotonic()
@@ -107,15 +104,12 @@ class HealRun:
             logger.info("healing: step %d, %.0f s, held-out divergence %.5f", state.step, state.seconds, value)
             if value < state.best_value:
                 state = replace(state, best=_copy(parameters), best_value=value, best_step=state.step)
-            elif turns or not value < (math.inf if local else _DIVERGED * state.best_value):
+            elif not value < _DIVERGED * state.best_value:
                 _restore(parameters, state.best)
                 optimizer.state.clear()
-                if turns and math.isfinite(value):  # the blocks have parted from one another
-                    notes.append("what the blocks learnt on their own did not help together, and was undone")
-                else:
-                    restarts += 1
-                    notes.append(f"diverged at step {state.step}; went back to the best state at half the rate")
-                    state = replace(state, damping=state.damping / 2)
+                restarts += 1
+                notes.append(f"diverged at step {state.step}; went back to the best state at half the rate")
+                state = replace(state, damping=state.damping / 2)
             self._save(state, parameters, optimizer)
             if share >= 1 or restarts > _MAX_RESTARTS:
                 break
@@ -141,20 +135,13 @@ class HealRun:
         spent = state.step if self.settings.mode == "steps" else state.seconds
         return min(1.0, spent / max(self.settings.amount, 1e-9))
 
-    def _blockwise(self, state: RunState) -> bool:
-        """Is the next step one in which every block learns on its own?"""
-        return self._share(state) < _BLOCKWISE and state.step < _BLOCKWISE_STEPS
-
-    def _step(self, batch: Batch, optimizer: torch.optim.Optimizer, *, local: bool) -> float:
+    def _step(self, batch: Batch, optimizer: torch.optim.Optimizer) -> float:
         batch = {name: tensor.to(self.settings.device) for name, tensor in batch.items()}
         with torch.no_grad(), self._autocast():
             wanted = look(self.teacher, batch)
-        with self._autocast(), _local(self.student.blocks()) if local else contextlib.nullcontext():
+        with self._autocast():
             own = look(self.student.model, batch)
-        if local:
-            loss = hidden_loss(own, wanted, batch["attention_mask"])
-        else:
-            loss = distillation_loss(own, wanted, batch, self.pooling)
+        loss = distillation_loss(own, wanted, batch, self.pooling)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         value = float(loss.detach())
@@ -197,28 +184,6 @@ def _schedule(share: float) -> float:
     if share < _WARMUP:
         return (share + 1e-3) / _WARMUP
     return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (share - _WARMUP) / (1 - _WARMUP)))
-
-
-@contextlib.contextmanager
-def _local(blocks: Sequence[nn.Module]) -> Iterator[None]:
-    """Block-wise learning in one pass: what enters a block is cut off from the blocks before it, so each learns from
-    its own output alone, on the activations that the compressed blocks before it really produce.
-    """
-    handles = [block.register_forward_pre_hook(_detach, with_kwargs=True) for block in blocks]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _detach(
-    module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
-) -> tuple[tuple[object, ...], dict[str, object]]:
-    cut = tuple(a.detach() if isinstance(a, Tensor) else a for a in args)
-    if isinstance(hidden := kwargs.get("hidden_states"), Tensor):
-        kwargs = {**kwargs, "hidden_states": hidden.detach()}
-    return cut, kwargs
 
 
 def _fast_bfloat16(device: str) -> bool:

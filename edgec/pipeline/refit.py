@@ -1,10 +1,10 @@
 """A searched plan's factors, fitted once more as they ship: block by block, and with `quantize.descent`.
 
 A search tries dozens of plans and so takes drafts: every layer's factors from one set of statistics, those of the dense
-model, quantised by GPTQ alone. The plan that it ends with is worth the minute of `compress.streaming`: every layer is
-fitted on what the compressed layers before it produce, to what the dense model has there. On all-MiniLM-L6-v2 that
-halves 1 − cosine at 4 bits and at 2, on a small Llama it takes a quarter off the divergence at 4 bits and a third at 2.
-Searching with factors made so was turned down: a plan takes a minute instead of seconds.
+model, after one sweep of the descent. The plan that it ends with is worth the minute of `compress.streaming`: every
+layer is fitted on what the compressed layers before it produce, to what the dense model has there. On all-MiniLM-L6-v2
+that halves 1 − cosine at 4 bits and at 2, on a small Llama it takes a quarter off the divergence at 4 bits and a third
+at 2. Searching with factors made so was turned down: a plan takes a minute instead of seconds.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""GPTQ, then coordinate descent: codes and scales of a core are revisited until the output error stops falling.
+"""GPTQ, then coordinate descent: every code and scale of a core is revisited, knowing the errors of all the others.
 
 GPTQ rounds every column once, each knowing only the errors before it, on scales that were chosen before any rounding.
 The error of the output is a square in the codes and in the scales alike, so either can be improved with all the others
@@ -22,12 +22,13 @@ from edgec.quantize.formats import CoreFormat, QuantizedTensor, encoder, storabl
 
 Array = NDArray[Any]
 
-_SWEEPS = 2
 _CHUNK_VALUES = 1 << 22
 """Values improved at a time [count], some rows of a core: three arrays of so many floats, and of H, are in memory."""
 
 
-def quantize(core: Array, fmt: CoreFormat, second_moment: SecondMoment | None = None) -> QuantizedTensor:
+def quantize(
+    core: Array, fmt: CoreFormat, second_moment: SecondMoment | None = None, *, sweeps: int = 2
+) -> QuantizedTensor:
     """core [n, k], second_moment of the core's input (k wide) → QuantizedTensor, with an output error below GPTQ's.
 
     Without a second moment, rounded to nearest; in fp8, whose grid is not even, GPTQ's.
@@ -41,7 +42,7 @@ def quantize(core: Array, fmt: CoreFormat, second_moment: SecondMoment | None = 
     for chunk in (slice(first, first + rows) for first in range(0, len(core), rows)):
         zeros = None if start.zero_points is None else start.zero_points[chunk]
         descent = _Descent(core[chunk], codes[chunk], scales[chunk], zeros, fmt, h)
-        for _ in range(_SWEEPS):
+        for _ in range(sweeps):
             descent.sweep()
         codes[chunk, : core.shape[1]], scales[chunk] = descent.codes(), descent.scales.T
     return QuantizedTensor(fmt, start.shape, codes, storable_scales(scales), start.zero_points)

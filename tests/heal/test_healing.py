@@ -157,53 +157,8 @@ def test_a_loss_that_is_not_a_number_changes_nothing(run: Callable[..., Any], mo
         return own.hidden[-1].sum() * math.nan
 
     monkeypatch.setattr(trainer, "distillation_loss", broken)
-    monkeypatch.setattr(trainer, "_BLOCKWISE", 0.0)
     made, student = run("6steps")
     before = {name: fitted.dense() for name, fitted in student.factors().items()}
     curve = made.run()
     assert curve.after == curve.before and not curve.kept
     assert all(np.array_equal(before[name], fitted.dense()) for name, fitted in student.factors().items())
-
-
-def test_block_wise_gradients_stay_in_their_block(case: tuple[Workspace, Start]) -> None:
-    """In the first phase the last block's error teaches nothing to the first."""
-    workspace, start = case
-    student = Student(modeling.load_dense(workspace.checkpoint), start.factors)
-    batch = workspace.healing_batches.items[0]
-    with trainer._local(student.blocks()):
-        own = trainer.look(student.model, batch)
-    own.hidden[-1].square().sum().backward()
-    blocks = student.blocks()
-    reached = [any(p.grad is not None for p in block.parameters()) for block in blocks]
-    assert reached == [False] * (len(blocks) - 1) + [True]
-
-
-def test_blocks_learn_on_their_own_for_few_steps_and_what_hurts_is_undone(
-    run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    phases: list[bool] = []
-    real = trainer.HealRun._step
-
-    def step(self: Any, batch: Any, optimizer: Any, *, local: bool) -> float:
-        phases.append(local)
-        return real(self, batch, optimizer, local=local)
-
-    monkeypatch.setattr(trainer.HealRun, "_step", step)
-    monkeypatch.setattr(trainer, "_BLOCKWISE_STEPS", 3)
-    made, student = run("40steps")
-    judged = iter([1.0, 10.0, 0.9])  # the start; after the block-wise steps; from then on
-    monkeypatch.setattr(made, "judge", lambda model: next(judged, 0.8))
-    parameters = [p for p, _ in student.rates()]
-    before = [p.detach().clone() for p in parameters]
-    kept: list[bool] = []
-
-    def look(*_: int) -> None:
-        kept.append(all(torch.equal(a, b) for a, b in zip(before, parameters, strict=True)))
-
-    monkeypatch.setattr(made, "progress", look)
-    monkeypatch.setattr(trainer, "_schedule", lambda share: 1.0 if len(phases) < 3 else 0.0)
-    curve = made.run()
-    assert phases == [True] * 3 + [False] * 37
-    assert not kept[0] and kept[-1]  # they moved, and went back
-    assert [note for note in curve.notes if "undone" in note] and not any("diverged" in note for note in curve.notes)
-    assert [point[1] for point in curve.points][:2] == [0, 3] and curve.after == 0.8

@@ -203,12 +203,11 @@ def test_descent_is_worth_its_time(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["int4-b16", "int2-b16-zp"])
-def test_descent_ends_where_no_single_code_can_be_improved(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_descent_ends_where_no_single_code_can_be_improved(name: str) -> None:
     """Brute force over every code of every place."""
-    monkeypatch.setattr(descent, "_SWEEPS", 60)
     fmt, moment = CoreFormat.parse(name), correlated(20, 5)
     core = np.random.default_rng(0).standard_normal((3, 20)).astype(np.float32)
-    found = descent.quantize(core, fmt, moment)
+    found = descent.quantize(core, fmt, moment, sweeps=60)
     least = damped_error(moment, core, found)
     assert least < damped_error(moment, core, gptq.quantize(core, fmt, moment))
     for row, column, code in product(range(3), range(20), range(1 << fmt.bits)):
@@ -217,12 +216,11 @@ def test_descent_ends_where_no_single_code_can_be_improved(name: str, monkeypatc
         assert damped_error(moment, core, replace(found, codes=codes)) >= least * (1 - 1e-5)
 
 
-def test_descent_finds_scales_that_least_squares_would(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_descent_finds_scales_that_least_squares_would() -> None:
     """With its codes held, a block's scale is the one that minimises the error, but for its eight bits."""
-    monkeypatch.setattr(descent, "_SWEEPS", 60)
     fmt, moment = CoreFormat.parse("int2-b16"), correlated(32, 2)
     core = np.random.default_rng(1).standard_normal((5, 32)).astype(np.float32)
-    found = descent.quantize(core, fmt, moment)
+    found = descent.quantize(core, fmt, moment, sweeps=60)
     h = moment.damped(DAMPING).astype(np.float64)
     for row in range(5):
         levels = np.zeros((32, 2))
