@@ -25,11 +25,13 @@ from edgec.evaluate.embeddings import cosine
 from edgec.export.targets import get_target
 from edgec.export.verify import float_activations
 from edgec.heal.settings import parse_heal
+from edgec.modeling import DECODER_TASK, Layer
 from edgec.pipeline import exporting, pace
 from edgec.pipeline.stages import silent
 from edgec.plan.budget import parse_budget
 from edgec.plan.files import write_plan
-from edgec.plan.planner import Sizes
+from edgec.plan.latency import Sample
+from edgec.plan.planner import Sizes, make_choice
 from edgec.plan.refine import Search
 from edgec.profile.store import load_profile
 from edgec.quantize.formats import CoreFormat
@@ -527,8 +529,8 @@ def test_a_cap_on_milliseconds_gives_a_quicker_plan(
     """Kernels that take as long as they read bytes, on whatever machine the test runs."""
     shapes = ((64, 512), (384, 384), (1536, 384), (384, 1536), (1024, 1024))
     samples = [
-        (n, k, bits, block, rows, 1e-6 * CoreFormat(bits, block).stored_bytes((n, k)) + 1e-4)
-        for bits, block in ((2, 64), (4, 32), (8, 32), (32, 0))
+        (n, k, name, rows, 1e-6 * CoreFormat.parse(name).stored_bytes((n, k)) + 1e-4)
+        for name in ("int2-b64", "int4-b32", "int8-b32", "fp32")
         for n, k in shapes
         for rows in (1, 16, 128)
     ]
@@ -558,6 +560,31 @@ def test_milliseconds_of_another_machine_are_refused(sources: dict[str, Path], m
     assert goal.pace is None
     with pytest.raises(UsageError, match="does not run onnx-x64"):
         pace.paced(pipeline.Goal(max_ms=1.0), get_target("onnx-x64"), "x", silent)
+
+
+def test_gguf_types_are_priced_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Types of equal bits whose kernels differ, on whatever machine the test runs."""
+    asked: list[str] = []
+
+    def measured(formats: tuple[str, ...], **given: Any) -> list[Sample]:
+        asked.extend(formats)
+        slow = {"iq4_xs": 3.0}
+        return [
+            (n, k, name, rows, 1e-8 * n * k * rows * slow.get(name, 1.0) + 1e-4)
+            for name in formats
+            for n, k in ((64, 512), (384, 1536), (1024, 1024))
+            for rows in (1, 16, 128)
+        ]
+
+    monkeypatch.setattr(pace.microbench_ggml, "measure", measured)
+    goal = pace.paced(pipeline.Goal(max_ms=1.0), get_target("gguf"), DECODER_TASK, silent)
+    assert goal.pace is not None and goal.pace.cap == 1.0
+    assert asked == list(get_target("gguf").dense_formats)
+    layer = Layer("model.layers.0.mlp.up_proj", "linear", (512, 512))
+    ms = {
+        name: goal.pace.ms(make_choice(layer, Spec("dense"), CoreFormat.parse(name))) for name in ("q4_k", "iq4_xs")
+    }
+    assert 2 < ms["iq4_xs"] / ms["q4_k"] < 4
 
 
 @pytest.mark.parametrize(("text", "ms"), [("5ms", 5.0), ("0.5 s", 500.0), ("5", None), ("0ms", None), ("-1ms", None)])

@@ -22,12 +22,12 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from edgec.errors import BenchError
+from edgec.quantize.formats import CoreFormat
 
-Sample = tuple[int, int, int, int, int, float]
-"""(n, k, bits, block, rows, ms): x [rows, k] → [rows, n]; ms of one node. bits 32: fp32, block 0."""
+Sample = tuple[int, int, str, int, float]
+"""(n, k, format, rows, ms): x [rows, k] → [rows, n] with a weight [n, k] in that format; ms of one node."""
 
-FORMATS = ((2, 64), (4, 32), (4, 64), (8, 32), (32, 0))
-"""(bits, block) measured."""
+FORMATS = ("int2-b64", "int4-b32", "int4-b64", "int8-b32", "fp32")
 
 SHAPES = ((64, 512), (384, 384), (1536, 384), (384, 1536), (1024, 1024))
 """(n, k) measured in every format: from a train's core to a small model's matrix."""
@@ -41,12 +41,12 @@ _PRODUCTS = 1 << 22
 another process gets its turn [count].
 """
 _LEAST_ROUNDS = 5
-_RESOLUTION_MS = 1e-4
+RESOLUTION_MS = 1e-4
 
 
 def measure(
     shapes: Sequence[tuple[int, int]] = SHAPES,
-    formats: Sequence[tuple[int, int]] = FORMATS,
+    formats: Sequence[str] = FORMATS,
     rows: Sequence[int] = ROWS,
     *,
     threads: int = 1,
@@ -63,17 +63,18 @@ def measure(
     rng = np.random.default_rng(0)
     empty = _session(_empty(), threads, "an empty graph")
     contestants = []
-    for bits, block in formats:
+    for name in formats:
+        fmt = CoreFormat.parse(name)
         for n, k in shapes:
-            where = f"a {n}x{k} matmul at {bits} bits, blocks of {block}"
+            where = f"a {n}x{k} matmul in {name}"
             for m in rows:
-                nodes = _nodes(n, k, m)
-                if unpacked and bits < 32:
+                nodes = node_count(n, k, m)
+                if unpacked and fmt.quantised:
                     model = _unpacked(n, k, nodes, rng)
                 else:
-                    model = _matmuls(n, k, bits, block, nodes, accuracy_level, rng)
+                    model = _matmuls(n, k, fmt, nodes, accuracy_level, rng)
                 x = rng.normal(size=(m, k)).astype(np.float32)
-                contestants.append(((n, k, bits, block, m), nodes, _session(model, threads, where), x))
+                contestants.append(((n, k, name, m), nodes, _session(model, threads, where), x))
     idle = np.zeros((1, 32), np.float32)
     times: list[list[float]] = [[] for _ in contestants]
     calls: list[float] = []
@@ -86,18 +87,20 @@ def measure(
         if progress:
             share = 1 - max(0.0, until - time.perf_counter()) / seconds
             progress(int(100 * share), 100)
-    call = _undisturbed(calls)
+    call = undisturbed(calls)
     return [
-        (*key, max((_undisturbed(found) - call) / nodes, _RESOLUTION_MS))
+        (*key, max((undisturbed(found) - call) / nodes, RESOLUTION_MS))
         for (key, nodes, _, _), found in zip(contestants, times, strict=True)
     ]
 
 
-def _nodes(n: int, k: int, rows: int) -> int:
+def node_count(n: int, k: int, rows: int) -> int:
+    """Equal products in one graph."""
     return min(_MOST_NODES, max(1, _PRODUCTS // (n * k * rows)))
 
 
-def _undisturbed(times: list[float]) -> float:
+def undisturbed(times: list[float]) -> float:
+    """Of one contestant in all rounds [ms]."""
     return float(np.quantile(times[1:], 0.1))  # the first round warms up
 
 
@@ -118,18 +121,18 @@ def _session(model: onnx.ModelProto, threads: int, where: str) -> Any:
 
 
 def _matmuls(
-    n: int, k: int, bits: int, block: int, count: int, accuracy_level: int, rng: np.random.Generator
+    n: int, k: int, fmt: CoreFormat, count: int, accuracy_level: int, rng: np.random.Generator
 ) -> onnx.ModelProto:
     nodes, constants = [], []
     for i in range(count):
-        if bits == 32:
+        if not fmt.quantised:
             constants.append(_constant(f"w{i}", rng.normal(size=(k, n)).astype(np.float32)))
             nodes.append(helper.make_node("MatMul", ["x", f"w{i}"], [f"y{i}"]))
             continue
-        blocks = -(-k // block)
-        codes = rng.integers(0, 256, (n, blocks, block * bits // 8), np.uint8)
+        blocks = -(-k // fmt.block)
+        codes = rng.integers(0, 256, (n, blocks, fmt.block * fmt.bits // 8), np.uint8)
         constants += [_constant(f"w{i}", codes), _constant(f"s{i}", np.full((n, blocks), 1e-2, np.float32))]
-        attributes: dict[str, Any] = {"K": k, "N": n, "bits": bits, "block_size": block}
+        attributes: dict[str, Any] = {"K": k, "N": n, "bits": fmt.bits, "block_size": fmt.block}
         nodes.append(
             helper.make_node(
                 "MatMulNBits",

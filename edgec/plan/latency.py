@@ -20,12 +20,14 @@ from edgec.contraction import BlockMatMul, Contraction, Gather, MatMul, Reshape,
 from edgec.errors import PlanError
 from edgec.fit import contraction_of, core_formats
 from edgec.quantize.formats import CoreFormat, LayerFormat
+from edgec.quantize.ggml_formats import GgmlFormat, real_type
 from edgec.records import Choice
 
-Sample = tuple[int, int, int, int, int, float]
-"""(n, k, bits, block, rows, ms): one matmul x [rows, k] → [rows, n] with a core [n, k] of that format. bits 32: floats
-(block 0).
-"""
+Sample = tuple[int, int, str, int, float]
+"""(n, k, format, rows, ms): one matmul x [rows, k] → [rows, n] with a core [n, k] of that format."""
+
+Kernel = tuple[int, str]
+"""(bits, name): what multiplies by a format. ggml has one for every type, onnxruntime one for every number of bits."""
 
 DECODE_ROWS, PREFILL_ROWS = 1, 128
 """Rows of x when a token is generated, and when a prompt (a sentence, for encoders) is read."""
@@ -33,17 +35,25 @@ DECODE_ROWS, PREFILL_ROWS = 1, 128
 _SMALLEST_MS = 1e-6
 
 
+def kernel(fmt: CoreFormat, k: int) -> Kernel:
+    """Of a core whose rows are k wide."""
+    return fmt.bits, real_type(fmt.kind, k) if isinstance(fmt, GgmlFormat) else ""
+
+
 @dataclass(frozen=True)
 class Prices:
-    """At one number of rows: byte [ms per stored byte], flop: bits → [ms per multiply-add × 2], node [ms]."""
+    """At one number of rows: byte [ms per stored byte], flop: kernel → [ms per multiply-add × 2], node [ms]."""
 
     byte: float
-    flop: Mapping[int, float]
+    flop: Mapping[Kernel, float]
     node: float
 
     def matmul(self, n: int, k: int, fmt: CoreFormat, rows: int) -> float:
-        nearest = min(self.flop, key=lambda bits: (abs(math.log2(bits / fmt.bits)), bits))
-        return self.byte * fmt.stored_bytes((n, k)) + self.flop[nearest] * 2.0 * rows * n * k + self.node
+        """What was not measured costs as the kernel of the nearest bits does."""
+        wanted = kernel(fmt, k)
+        if wanted not in self.flop:
+            wanted = min(self.flop, key=lambda known: (abs(math.log2(known[0] / wanted[0])), known))
+        return self.byte * fmt.stored_bytes((n, k)) + self.flop[wanted] * 2.0 * rows * n * k + self.node
 
 
 @dataclass(frozen=True)
@@ -97,30 +107,33 @@ class CostModel:
 
 def fit_costs(samples: Sequence[Sample]) -> CostModel:
     """Prices from a micro-benchmark. Raises PlanError when there are too few samples to tell prices apart."""
-    usable = [s for s in samples if s[5] > 0 and math.isfinite(s[5])]
+    usable = [s for s in samples if s[4] > 0 and math.isfinite(s[4])]
     by_rows: dict[int, list[Sample]] = {}
     for sample in usable:
-        by_rows.setdefault(sample[4], []).append(sample)
+        by_rows.setdefault(sample[3], []).append(sample)
     prices, misfits = {}, []
     for rows, group in sorted(by_rows.items()):
-        bits = sorted({s[2] for s in group})
-        if len(group) < len(bits) + 2:
+        formats = [CoreFormat.parse(name) for _, _, name, _, _ in group]
+        of_group = [kernel(fmt, k) for fmt, (_, k, *_) in zip(formats, group, strict=True)]
+        kernels = sorted(set(of_group))
+        if len(group) < len(kernels) + 2:
             raise PlanError(
-                f"{len(group)} timings at {rows} rows cannot give {len(bits) + 2} prices; measure more shapes"
+                f"{len(group)} timings at {rows} rows cannot give {len(kernels) + 2} prices; measure more shapes"
             )
         # Relative misfits count, but what is far below the usual is nearer to the clock's resolution.
-        times = np.array([s[5] for s in group])
+        times = np.array([s[4] for s in group])
         weight = 1 / (times + 0.1 * float(np.median(times)))
         system = np.array(
             [
-                [CoreFormat(b, block).stored_bytes((n, k)), *(2.0 * rows * n * k * (b == own) for own in bits), 1.0]
-                for n, k, b, block, _, _ in group
+                [fmt.stored_bytes((n, k)), *(2.0 * rows * n * k * (own == known) for known in kernels), 1.0]
+                for fmt, own, (n, k, *_) in zip(formats, of_group, group, strict=True)
             ]
         )
         weighed = system * weight[:, None]
         scale = weighed.max(0)
         found = nnls(weighed / scale, times * weight)[0] / scale
-        prices[rows] = Prices(float(found[0]), dict(zip(bits, map(float, found[1:-1]), strict=True)), float(found[-1]))
+        byte, *flops, node = map(float, found)
+        prices[rows] = Prices(byte, dict(zip(kernels, flops, strict=True)), node)
         misfits += list(np.abs(system @ found / times - 1))
     if not prices:
         raise PlanError("no timing of the runtime is usable; run the micro-benchmark again")
