@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,9 @@ from edgec.quantize.formats import CoreFormat
 
 Sample = tuple[int, int, str, int, float]
 """(n, k, format, rows, ms): x [rows, k] → [rows, n] with a weight [n, k] in that format; ms of one node."""
+
+Contestant = tuple[tuple[int, int, str, int], int, Callable[[], float]]
+"""((n, k, format, rows), equal products in a call, a call that tells its milliseconds)."""
 
 FORMATS = ("int2-b64", "int4-b32", "int4-b64", "int8-b32", "fp32")
 
@@ -41,7 +45,7 @@ _PRODUCTS = 1 << 22
 another process gets its turn [count].
 """
 _LEAST_ROUNDS = 5
-RESOLUTION_MS = 1e-4
+_RESOLUTION_MS = 1e-4
 
 
 def measure(
@@ -62,7 +66,7 @@ def measure(
     """
     rng = np.random.default_rng(0)
     empty = _session(_empty(), threads, "an empty graph")
-    contestants = []
+    contestants: list[Contestant] = []
     for name in formats:
         fmt = CoreFormat.parse(name)
         for n, k in shapes:
@@ -74,23 +78,33 @@ def measure(
                 else:
                     model = _matmuls(n, k, fmt, nodes, accuracy_level, rng)
                 x = rng.normal(size=(m, k)).astype(np.float32)
-                contestants.append(((n, k, name, m), nodes, _session(model, threads, where), x))
+                contestants.append(((n, k, name, m), nodes, partial(_time, _session(model, threads, where), x)))
     idle = np.zeros((1, 32), np.float32)
+    return interleaved(lambda: _time(empty, idle), contestants, seconds, progress)
+
+
+def interleaved(
+    empty: Callable[[], float],
+    contestants: Sequence[Contestant],
+    seconds: float,
+    progress: Callable[[int, int], None] | None,
+) -> list[Sample]:
+    """Rounds of all contestants, one after the other. empty: milliseconds of a call without a product."""
     times: list[list[float]] = [[] for _ in contestants]
     calls: list[float] = []
     until, done = time.perf_counter() + seconds, 0
     while done <= _LEAST_ROUNDS or time.perf_counter() < until:
-        calls.append(_time(empty, idle))
-        for found, (_, _, session, x) in zip(times, contestants, strict=True):
-            found.append(_time(session, x))
+        calls.append(empty())
+        for found, (_, _, milliseconds) in zip(times, contestants, strict=True):
+            found.append(milliseconds())
         done += 1
         if progress:
             share = 1 - max(0.0, until - time.perf_counter()) / seconds
             progress(int(100 * share), 100)
-    call = undisturbed(calls)
+    call = _undisturbed(calls)
     return [
-        (*key, max((undisturbed(found) - call) / nodes, RESOLUTION_MS))
-        for (key, nodes, _, _), found in zip(contestants, times, strict=True)
+        (*key, max((_undisturbed(found) - call) / nodes, _RESOLUTION_MS))
+        for (key, nodes, _), found in zip(contestants, times, strict=True)
     ]
 
 
@@ -99,8 +113,7 @@ def node_count(n: int, k: int, rows: int) -> int:
     return min(_MOST_NODES, max(1, _PRODUCTS // (n * k * rows)))
 
 
-def undisturbed(times: list[float]) -> float:
-    """Of one contestant in all rounds [ms]."""
+def _undisturbed(times: list[float]) -> float:
     return float(np.quantile(times[1:], 0.1))  # the first round warms up
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from dataclasses import replace
 from functools import partial
@@ -14,6 +15,11 @@ from edgec.plan import hardware
 from edgec.plan.latency import DECODE_ROWS, PREFILL_ROWS, Pace, fit_costs
 from edgec.records import Target
 from edgec.runtime.options import physical_cores
+
+logger = logging.getLogger(__name__)
+
+_UNSTEADY = 0.4
+"""Misfit of a cost model beyond which times are more noise than price; an idle machine has 0.1 to 0.2."""
 
 _TIME = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s)")
 
@@ -55,5 +61,9 @@ def paced(goal: Goal, target: Target, task: str, progress: Progress) -> Goal:
             progress=told,
         )
     costs = fit_costs(samples)
+    if costs.misfit > _UNSTEADY:
+        logger.warning(
+            "kernel times miss their own cost model by %.0f %%: something else runs on this machine", 100 * costs.misfit
+        )
     rows = DECODE_ROWS if task == DECODER_TASK else PREFILL_ROWS
     return replace(goal, pace=Pace(lambda choice: costs.choice(choice, rows), cap=goal.max_ms))
