@@ -37,10 +37,6 @@ FIGURES: Mapping[str, tuple[str, str]] = {
         "all-MiniLM-L6-v2 at fewer bits, healed and not",
         "python -m runtime_tests.frontier minilm --bits 4,3,2.5,2,1.5 --search greedy:30s --heal 150steps --peers gptq",
     ),
-    "frontier-minilm-unhealed": (
-        "all-MiniLM-L6-v2 at fewer bits, not healed",
-        "python -m runtime_tests.frontier minilm --bits 4,3,2.5,2,1.5 --search greedy:30s --heal off --peers gptq",
-    ),
     "frontier-pycode-lm": (
         "A small Llama of Python source, every method at equal bits",
         "python -m runtime_tests.frontier pycode-lm --search greedy:40s --heal 100steps "
