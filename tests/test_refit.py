@@ -108,11 +108,12 @@ def test_what_does_not_run_block_by_block_is_fitted_on_the_dense_model(
     encoder_source: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Blocks that share their weights, and a stream that overflows, are no failure."""
-    workspace, made, found, drafts = started(encoder_source, text_file, "dense:int2-b64")
+    workspace, made, found, _ = started(encoder_source, text_file, "dense:int2-b64")
+    drafts = fit(workspace, made.choices, lambda name: None, silent)
     monkeypatch.setattr(stages, "stream_fit", overflows)
     again, note = refit.refitted(workspace, made.choices, drafts, found.moment, silent)
     assert note.startswith("fitted on the dense model's activations: divergence")
-    assert divergence(workspace, again) < divergence(workspace, drafts)
+    assert divergence(workspace, again) < 0.8 * divergence(workspace, drafts)
 
 
 @pytest.mark.slow

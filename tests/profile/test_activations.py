@@ -20,8 +20,10 @@ from edgec.evaluate.embeddings import cosine, embed_batches
 from edgec.evaluate.language import compare, torch_logits
 from edgec.moments import UNSEEN, TableMoment, smoothed
 from edgec.pooling import Pooling
+from edgec.profile import profiler
 from edgec.profile.activations import Statistics, collect
 from edgec.profile.profiler import Scorer
+from edgec.quantize import gptq
 from edgec.quantize.formats import CoreFormat
 from edgec.records import Spec
 
@@ -229,8 +231,12 @@ def test_predicted_divergence_of_a_causal_lm(lm_source: Path) -> None:
     assert all(0.4 < ratio < 2.2 for ratio in found.values()), found
 
 
-def test_predicted_cosine_loss_of_an_encoder(encoder_source: Path) -> None:
-    """Counting every token like a stranger, the last layers came out twenty times too cheap."""
+def test_predicted_cosine_loss_of_an_encoder(encoder_source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counting every token like a stranger, the last layers came out twenty times too cheap.
+
+    Of GPTQ's errors: the descent after it seeks the least predicted one, and so makes predictions a little optimistic.
+    """
+    monkeypatch.setattr(profiler, "DRAFT", gptq.quantize)
     found = ratios(encoder_source, modeling.ENCODER_TASK, 2560)
     assert "embeddings.position_embeddings" in found
     assert all(0.4 < ratio < 2.2 for ratio in found.values()), found
