@@ -29,6 +29,10 @@ FILE = Path(__file__).resolve().parents[1] / "RESULTS.md"
 FIGURES: Mapping[str, tuple[str, str]] = {
     "minilm": ("all-MiniLM-L6-v2, exported, STS-Benchmark dev", "python -m runtime_tests.figures minilm"),
     "encoders": ("all-MiniLM-L6-v2 on x86-64: size, quality and speed", "python -m runtime_tests.encoders"),
+    "decoders": (
+        "A small Llama of Python source on x86-64: size, quality and speed, both runtimes",
+        "python -m runtime_tests.decoders",
+    ),
     "minilm-total": (
         "all-MiniLM-L6-v2, tables compressed too, healed, STS-Benchmark dev",
         "python -m runtime_tests.figures minilm-total",

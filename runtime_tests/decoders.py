@@ -1,0 +1,47 @@
+"""A small Llama of Python source (`pycode-lm` among the assets) exported for both runtimes, with and without a cap on
+milliseconds, beside its dense forms: `python -m runtime_tests.decoders`. Quality is on text that calibrated nothing.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from runtime_tests.frontier import pycode_lm
+
+_ARTIFACTS = {
+    "llama-onnx": ["--target", "onnx-x64"],
+    "llama-onnx-0.4ms": ["--target", "onnx-x64", "--max-latency", "0.4ms"],
+    "llama-gguf": ["--target", "gguf"],
+}
+_BASELINES = ("int4", "int4-pruned", "q8_0", "q4_0", "q4_k_m")
+
+
+def _edgec(work: Path, *arguments: str, quiet: bool = True) -> None:
+    """Run it in `work`, so that what it prints names no folder of this machine."""
+    sys.stdout.write(f"$ edgec {' '.join(arguments)}\n")
+    sys.stdout.flush()
+    output = subprocess.DEVNULL if quiet else None
+    subprocess.run([sys.executable, "-m", "edgec", *arguments], check=True, cwd=work, stdout=output)
+
+
+def main() -> int:
+    peers = [part for name in _BASELINES for part in ("--baseline", name)]
+    with tempfile.TemporaryDirectory(prefix="edgec-decoders-") as folder:
+        work = Path(folder)
+        request = pycode_lm(work)
+        assert request.calibration is not None
+        (work / "MODEL").symlink_to(request.model.resolve())
+        text = ["--calibration", request.calibration.name]
+        _edgec(work, "profile", "MODEL", *text, "--target", "onnx-x64", "--target", "gguf", "-o", "profile")
+        for name, options in _ARTIFACTS.items():
+            settings = ["--profile", "profile", "--search", "greedy:10s", "--heal", "off"]
+            _edgec(work, "export", "MODEL", *options, *text, *settings, "-o", name)
+        _edgec(work, "bench", *_ARTIFACTS, "--model", "MODEL", *text, *peers, "--threads", "2", quiet=False)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
