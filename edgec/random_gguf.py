@@ -21,7 +21,6 @@ from edgec.checkpoint import open_checkpoint
 from edgec.contraction import core_shapes
 from edgec.errors import UsageError
 from edgec.export.gguf import factored, stock
-from edgec.export.gguf.blocks import EXACT
 from edgec.export.gguf.plain import write_plain
 from edgec.export.gguf.writer import GgufTensor, block_of, write_gguf
 from edgec.export.targets import get_target
@@ -31,7 +30,7 @@ from edgec.modeling import layers, skeleton
 from edgec.outputs import staged_folder
 from edgec.plan.planner import constrained_plan
 from edgec.quantize.formats import LayerFormat
-from edgec.quantize.ggml_formats import GgmlFormat, GgmlTensor
+from edgec.quantize.ggml_formats import EXACT, GgmlFormat, GgmlTensor
 from edgec.runtime import ggml
 from edgec.runtime.llama_cpp import MODEL_FILE
 

@@ -49,7 +49,6 @@ def test_fitted_block_by_block_is_closer(
     workspace, made, found, drafts = started(request.getfixturevalue(source), text_file, plan)
     told: list[str] = []
 
-
     def tell(stage: str, done: int, total: int) -> None:
         told.append(stage)
 

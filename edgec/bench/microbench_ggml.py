@@ -13,12 +13,10 @@ import numpy as np
 
 from edgec.bench.microbench import ROWS, SHAPES, Contestant, Sample, interleaved, node_count
 from edgec.quantize import ggml
-from edgec.quantize.ggml_formats import NUMBERS, real_type
+from edgec.quantize.ggml_formats import EXACT, NUMBERS, real_type
 from edgec.runtime.ggml.library import F32
-from edgec.runtime.ggml.tensors import Allocator, Buffer, Context, Device, Tensor
+from edgec.runtime.ggml.tensors import Allocator, Context, Device
 
-_STORED = {"int4-b32": "Q4_0", "int8-b32": "Q8_0", "fp16": "F16"}
-"""Formats that are ggml's types under other names."""
 _TILE = 4
 """Rows of random weights that are quantised [count]; a matrix repeats them, for a kernel does not look."""
 
@@ -40,63 +38,52 @@ def measure(
     device = Device(threads)
     contestants: list[Contestant] = []
     for name in formats:
-        kind = _STORED.get(name, name.upper())
+        kind = EXACT.get(name, name.upper())
         for n, k in shapes:
             if real_type(kind, k) != kind:
                 continue
             for m in rows:
                 products = node_count(n, k, m)
-                graph = _Products(device, kind, (n, k), m, products)
+                graph = _Graph(device, k, m, _Weights(device, kind, n, k, products))
                 contestants.append(((n, k, name, m), products, graph.milliseconds))
     return interleaved(_Graph(device, 32, 1).milliseconds, contestants, seconds, progress)
 
 
 class _Graph:
-    """Nodes on one x [rows, k], with their memory. Here one sum, next to nothing: what a call costs."""
+    """Nodes on one x [rows, k], with their memory: one sum, next to nothing, which tells what a call costs; or as many
+    products with matrices of their own.
+    """
 
-    def __init__(self, device: Device, k: int, rows: int, nodes: int = 1) -> None:
-        self.device, self.rng = device, np.random.default_rng(0)
-        self._inputs = Context(device.lib, 1)
-        self.context = Context(device.lib, nodes, nodes=nodes + 1)  # of a graph's size are its leaves, too: x as well
-        self.x = self._inputs.new(F32, k, rows)
-        self._x_memory = device.allocate(self._inputs, "inputs")
-        device.write(self.x, self.rng.standard_normal((rows, k)).astype(np.float32))
-        self._graph = self.context.graph()
-        for output in self.outputs():
-            device.lib.build_forward_expand(self._graph, output)
+    def __init__(self, device: Device, k: int, rows: int, weights: _Weights | None = None) -> None:
+        lib, nodes = device.lib, len(weights.tensors) if weights else 1
+        self._device, self._weights = device, weights
+        self._inputs = Context(lib, 1)
+        x = self._inputs.new(F32, k, rows)
+        self._memory = device.allocate(self._inputs, "inputs")
+        device.write(x, np.random.default_rng(0).standard_normal((rows, k)).astype(np.float32))
+        self._context = Context(lib, nodes, nodes=nodes + 1)  # of a graph's size are its leaves, too: x as well
+        self._graph, pointer = self._context.graph(), self._context.pointer
+        outputs = [lib.mul_mat(pointer, w, x) for w in weights.tensors] if weights else [lib.add(pointer, x, x)]
+        for output in outputs:
+            lib.build_forward_expand(self._graph, output)
         self._allocator = Allocator(device)
         self._allocator.place(self._graph)
 
-    def outputs(self) -> list[Tensor]:
-        return [self.device.lib.add(self.context.pointer, self.x, self.x)]
-
     def milliseconds(self) -> float:
         begun = time.perf_counter()
-        self.device.compute(self._graph)
+        self._device.compute(self._graph)
         return 1e3 * (time.perf_counter() - begun)
 
 
-class _Products(_Graph):
-    """Equal products with matrices [n, k] of their own."""
+class _Weights:
+    """Matrices [n, k] of one type, where their products are fastest."""
 
-    def __init__(self, device: Device, kind: str, shape: tuple[int, int], rows: int, products: int) -> None:
-        self.kind, self.shape, self.products = kind, shape, products
-        super().__init__(device, shape[1], rows, products)
-
-    def outputs(self) -> list[Tensor]:
-        self._matrices, self._memory = self._weights()
-        pointer = self.context.pointer
-        return [self.device.lib.mul_mat(pointer, weight, self.x) for weight in self._matrices]
-
-    def _weights(self) -> tuple[list[Tensor], Buffer]:
-        (n, k), number = self.shape, NUMBERS[self.kind]
-        packed = (m for m in self.device.packed_memory() if self.device.takes_product(m, number, n, k))
-        self._heads = Context(self.device.lib, self.products)
-        weights = [self._heads.new(number, k, n) for _ in range(self.products)]
-        memory = self.device.allocate(self._heads, "weights", next(packed, None))
-        tile = self.rng.standard_normal((_TILE, k)).astype(np.float32)
-        codes = ggml.library().quantize(tile, self.kind, np.ones(k, np.float32))
+    def __init__(self, device: Device, kind: str, n: int, k: int, count: int) -> None:
+        self._context = Context(device.lib, count)
+        self.tensors = [self._context.new(NUMBERS[kind], k, n) for _ in range(count)]
+        self._memory = device.allocate(self._context, "weights", device.fastest_memory(NUMBERS[kind], n, k))
+        tile = np.random.default_rng(1).standard_normal((_TILE, k)).astype(np.float32)
+        codes = ggml.library().quantize(tile, kind, np.ones(k, np.float32))
         whole = np.ascontiguousarray(np.resize(codes, (n, codes.shape[1])))
-        for weight in weights:
-            self.device.write(weight, whole)
-        return weights, memory
+        for tensor in self.tensors:
+            device.write(tensor, whole)

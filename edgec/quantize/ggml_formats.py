@@ -9,6 +9,7 @@ silent fallbacks are what users complain about (llama.cpp #6614).
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -30,6 +31,9 @@ TYPES = (
     "Q2_K", "IQ2_S", "IQ2_XS", "IQ2_XXS",
 )  # fmt: skip
 """Types that a plan may name, in lower case. Below two bits, preparing ggml's lattices takes a minute."""
+
+EXACT: Mapping[str, str] = {"int4-b32": "Q4_0", "int8-b32": "Q8_0", "fp16": "F16", "fp32": "F32"}
+"""Format of a core → the ggml type that holds exactly its numbers."""
 
 _FALLBACKS = {
     **dict.fromkeys(("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_XS"), "IQ4_NL"),

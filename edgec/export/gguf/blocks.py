@@ -13,7 +13,6 @@ the minimum as fp16, and scale × zero point takes up to 12 significant bits, on
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -22,12 +21,9 @@ from numpy.typing import NDArray
 from edgec.errors import ExportError
 from edgec.fit import Core
 from edgec.quantize.formats import CoreFormat, QuantizedTensor
-from edgec.quantize.ggml_formats import GgmlTensor, row_bytes
+from edgec.quantize.ggml_formats import EXACT, GgmlTensor, row_bytes
 
 BLOCK = 32
-
-EXACT: Mapping[str, str] = {"int4-b32": "Q4_0", "int8-b32": "Q8_0", "fp16": "F16", "fp32": "F32"}
-"""Format of a core → the ggml type that holds exactly its numbers."""
 
 
 def ggml_type(core: Core) -> str:

@@ -121,6 +121,11 @@ class Device:
             head.buffer = None
             self.lib.backend_buffer_free(empty)
 
+    def fastest_memory(self, kind: int, rows: int, columns: int) -> int | None:
+        """The packed memory in which products with such a weight are fastest, where any takes it."""
+        takers = (memory for memory in self.packed_memory() if self.takes_product(memory, kind, rows, columns))
+        return next(takers, None)
+
     def allocate(self, context: Context, what: str, memory: int | None = None) -> Buffer:
         """Memory for every tensor of `context` that has none yet."""
         pointer = self.lib.backend_alloc_ctx_tensors_from_buft(context.pointer, memory or self.memory)

@@ -177,10 +177,7 @@ class Weights:
             return None
         key = (stored.type, stored.shape)
         if key not in self._asked:
-            takers = (
-                m for m in self.device.packed_memory() if self.device.takes_product(m, stored.type, *stored.shape)
-            )
-            self._asked[key] = next(takers, None)
+            self._asked[key] = self.device.fastest_memory(stored.type, *stored.shape)
         return self._asked[key]
 
     def _map_tensors(self, uses: Mapping[str, Use]) -> None:
