@@ -4,11 +4,11 @@ milliseconds, beside its dense forms: `python -m runtime_tests.decoders`. Qualit
 
 from __future__ import annotations
 
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+from runtime_tests.commands import edgec
 from runtime_tests.frontier import pycode_lm
 
 _ARTIFACTS = {
@@ -19,14 +19,6 @@ _ARTIFACTS = {
 _BASELINES = ("int4", "int4-pruned", "q8_0", "q4_0", "q4_k_m")
 
 
-def _edgec(work: Path, *arguments: str, quiet: bool = True) -> None:
-    """Run it in `work`, so that what it prints names no folder of this machine."""
-    sys.stdout.write(f"$ edgec {' '.join(arguments)}\n")
-    sys.stdout.flush()
-    output = subprocess.DEVNULL if quiet else None
-    subprocess.run([sys.executable, "-m", "edgec", *arguments], check=True, cwd=work, stdout=output)
-
-
 def main() -> int:
     peers = [part for name in _BASELINES for part in ("--baseline", name)]
     with tempfile.TemporaryDirectory(prefix="edgec-decoders-") as folder:
@@ -35,11 +27,12 @@ def main() -> int:
         assert request.calibration is not None
         (work / "MODEL").symlink_to(request.model.resolve())
         text = ["--calibration", request.calibration.name]
-        _edgec(work, "profile", "MODEL", *text, "--target", "onnx-x64", "--target", "gguf", "-o", "profile")
+        targets = ["--target", "onnx-x64", "--target", "gguf"]
+        edgec(work, "profile", "MODEL", *text, *targets, "-o", "profile", quiet=True)
         for name, options in _ARTIFACTS.items():
             settings = ["--profile", "profile", "--search", "greedy:10s", "--heal", "off"]
-            _edgec(work, "export", "MODEL", *options, *text, *settings, "-o", name)
-        _edgec(work, "bench", *_ARTIFACTS, "--model", "MODEL", *text, *peers, "--threads", "2", quiet=False)
+            edgec(work, "export", "MODEL", *options, *text, *settings, "-o", name, quiet=True)
+        edgec(work, "bench", *_ARTIFACTS, "--model", "MODEL", *text, *peers, "--threads", "2")
     return 0
 
 
