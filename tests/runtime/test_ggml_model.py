@@ -233,6 +233,16 @@ def test_not_a_number_is_told(folder: Path) -> None:
         GgmlModel(path, RuntimeOptions(threads=1)).logits(np.array(ids_of(5)))
 
 
+@pytest.mark.parametrize("greedy", [True, False])
+def test_not_a_number_in_the_midst_of_a_text_is_told(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, greedy: bool
+) -> None:
+    model = GgmlModel(write_random(folder / "sound.gguf", "llama", "fp32"), RuntimeOptions(threads=1))
+    monkeypatch.setattr(model.session, "step", lambda token: np.full(model.vocab_size, np.nan, np.float32))
+    with pytest.raises(NumericsError):
+        list(model.generate([7, 8], 3, greedy=greedy))
+
+
 @pytest.mark.parametrize(
     ("metadata", "error", "message"),
     [

@@ -204,11 +204,11 @@ class _Sampler:
         self._ids = np.arange(vocab_size, dtype=np.int32)
 
     def choose(self, logits: Floats) -> int:
-        """The next token of logits [V]."""
+        """The next token of logits [V]. Raises NumericsError."""
+        best = int(logits.argmax())
+        _finite(logits, best)
         if self._greedy:
-            token = int(logits.argmax())
-            _finite(logits, token)
-            return token
+            return best
         lib, data = self._lib, self._data
         data["id"], data["logit"], data["p"] = self._ids, logits, 0.0
         pointer = ctypes.cast(data.ctypes.data, lib.llama_token_data_p)
