@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from edgec import pipeline
-from edgec.bench.harness import BenchSettings, Contestant, run_bench
+from edgec.bench.devices import Device, open_device
+from edgec.bench.harness import BenchSettings, Contestant, check_names, run_bench
 from edgec.bench.jobs import PEER_FILE
 from edgec.bench.worker import loader_of
 from edgec.calibration import DECODER_LENGTH
@@ -30,6 +31,7 @@ from edgec.evaluate.embeddings import (
 from edgec.evaluate.per_byte import bits_per_byte, pieces
 from edgec.export import verify
 from edgec.modeling import ENCODER_TASK
+from edgec.plan import hardware
 from edgec.records import MANIFEST_NAME, Measurement
 from edgec.runtime.artifact import open_artifact
 from edgec.runtime.options import RuntimeOptions
@@ -75,13 +77,18 @@ def evaluate(
 
 def _require_same_model(artifact: Path, workspace: Workspace) -> None:
     """A divergence from another model than the one compressed means nothing. Raises CheckpointError."""
-    manifest = read_json(artifact / MANIFEST_NAME) if (artifact / MANIFEST_NAME).is_file() else {}
-    made_from = manifest.get("fingerprint") if isinstance(manifest, dict) else None
+    made_from = _manifest(artifact).get("fingerprint")
     if made_from is not None and made_from != workspace.checkpoint.fingerprint:
         raise CheckpointError(
             f"{artifact} was made from {str(made_from)[:19]}…, {workspace.folder} is "
             f"{workspace.checkpoint.fingerprint[:19]}…; give the model that it was exported from"
         )
+
+
+def _manifest(artifact: Path) -> dict[str, Any]:
+    """Empty for a folder that edgec did not write."""
+    found = read_json(artifact / MANIFEST_NAME) if (artifact / MANIFEST_NAME).is_file() else {}
+    return found if isinstance(found, dict) else {}
 
 
 def _sts_quality(workspace: Workspace, artifact: Path, pairs: Pairs) -> dict[str, float]:
@@ -101,11 +108,17 @@ def _sts_quality(workspace: Workspace, artifact: Path, pairs: Pairs) -> dict[str
     }
 
 
-def bench(request: BenchRequest, progress: pipeline.Progress) -> list[Measurement]:
+def bench(request: BenchRequest, progress: pipeline.Progress, device: Device | None = None) -> list[Measurement]:
     """Measure artifacts, baselines and smaller models interleaved in one run; with a model, quality stands beside
-    speed.
+    speed. device: an open one, instead of the settings' own.
+
+    What can be refused is refused before baselines are built, which takes minutes: an unknown or unreachable device,
+    two contestants of one name.
     """
-    contestants = [found for path in request.artifacts for found in _entrants(path, request.kv_caches)]
+    device = device or open_device(request.settings.device)
+    machine = " ".join(device.describe().values())
+    contestants = [found for path in request.artifacts for found in _entrants(path, request.kv_caches, machine)]
+    check_names(contestants)
     if request.kv_caches and not any(found.kv_cache for found in contestants):
         raise UsageError("--kv-cache is for GGUF artifacts, and none is given; ONNX graphs state the type of theirs")
     if request.model is None:
@@ -120,16 +133,20 @@ def bench(request: BenchRequest, progress: pipeline.Progress) -> list[Measuremen
         contestants = [_judged(workspace, c, pairs, texts) for c in _shown(contestants, "quality", progress)]
         contestants += [_judged_alone(workspace, c, own, pairs, texts) for c, own in others]
     return run_bench(
-        contestants, request.settings, lambda done, total, text: progress(f"bench {text}"[:40], done, total)
+        contestants, request.settings, lambda done, total, text: progress(f"bench {text}"[:40], done, total), device
     )
 
 
-def _entrants(path: Path, kv_caches: Sequence[str]) -> list[Contestant]:
-    """An artifact, once per type of KV cache where its runtime lets one choose."""
+def _entrants(path: Path, kv_caches: Sequence[str], machine: str) -> list[Contestant]:
+    """An artifact, once per type of KV cache where its runtime lets one choose. machine: what measures it."""
+    target = str(_manifest(path).get("target", ""))
+    notes: tuple[str, ...] = ()
+    if hardware.misplaced(target, machine):
+        notes = (f"exported for {target}, measured on another kind of processor",)
     if not kv_caches or not any(path.glob("*.gguf")):
-        return [Contestant(path.name, path)]
+        return [Contestant(path.name, path, notes=notes)]
     chosen = [RuntimeOptions(kv_cache=kind).kv_cache for kind in dict.fromkeys(kv_caches)]
-    return [Contestant(f"{path.name} (KV {kind})", path, kv_cache=kind) for kind in chosen]
+    return [Contestant(f"{path.name} (KV {kind})", path, kv_cache=kind, notes=notes) for kind in chosen]
 
 
 def _shown(contestants: Sequence[Contestant], stage: str, progress: pipeline.Progress) -> Iterator[Contestant]:
@@ -185,9 +202,15 @@ def _opened_peer(folder: Path) -> Any:
 
 
 def bench_shape(
-    request: ShapeRequest, settings: BenchSettings, work: Path, progress: pipeline.Progress
+    request: ShapeRequest,
+    settings: BenchSettings,
+    work: Path,
+    progress: pipeline.Progress,
+    device: Device | None = None,
 ) -> tuple[list[Measurement], list[ExportCost]]:
-    """Speed on a named random-weight shape; see `contestants.of_shape`."""
+    """Speed on a named random-weight shape; see `contestants.of_shape`. device: as in `bench`."""
     contestants, costs = of_shape(request, work, progress)
-    rows = run_bench(contestants, settings, lambda done, total, text: progress(f"bench {text}"[:40], done, total))
+    rows = run_bench(
+        contestants, settings, lambda done, total, text: progress(f"bench {text}"[:40], done, total), device
+    )
     return rows, costs

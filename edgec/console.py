@@ -18,6 +18,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from edgec.bench.devices import Device
 from edgec.errors import UsageError
 from edgec.records import MANIFEST_NAME, Measurement, Target
 
@@ -218,11 +219,14 @@ def print_similarities(out: Console, texts: Sequence[str], vectors: Any) -> None
     out.print(shown)
 
 
-def print_bench(out: Console, rows: Sequence[Measurement], costs: Sequence[Any], *, as_json: bool) -> None:
+def print_bench(
+    out: Console, rows: Sequence[Measurement], costs: Sequence[Any], machine: Mapping[str, str], *, as_json: bool
+) -> None:
+    """machine: what the device said of itself."""
     from edgec.report import measurement_table, to_json
 
     if as_json:
-        body = json.loads(to_json(rows, machine=machine(rows[0].device), commands=[_command()]))
+        body = json.loads(to_json(rows, machine=machine, commands=[_command()]))
         body["exports"] = [vars(cost) for cost in costs]
         sys.stdout.write(json.dumps(body) + "\n")
         return
@@ -280,7 +284,9 @@ class BenchFiles:
         self.entropies = {layer.name: layer.entropy["svd"] for layer in found.layers} if found else None
 
 
-def write_bench_files(rows: Sequence[Measurement], artifacts: Sequence[Path], files: BenchFiles) -> list[Path]:
+def write_bench_files(
+    rows: Sequence[Measurement], artifacts: Sequence[Path], files: BenchFiles, machine: Mapping[str, str]
+) -> list[Path]:
     """Each whole or not at all; returns what was written. Raises OutputError."""
     from edgec.outputs import written_file
     from edgec.report import to_csv, to_markdown
@@ -292,12 +298,18 @@ def write_bench_files(rows: Sequence[Measurement], artifacts: Sequence[Path], fi
                 temporary.write_text(render(rows), encoding="utf-8")
             written.append(path)
     if files.report is not None:
-        _write_bench_report(files.report, rows, artifacts, files)
+        _write_bench_report(files.report, rows, artifacts, files, machine)
         written.append(files.report)
     return written
 
 
-def _write_bench_report(path: Path, rows: Sequence[Measurement], artifacts: Sequence[Path], files: BenchFiles) -> None:
+def _write_bench_report(
+    path: Path,
+    rows: Sequence[Measurement],
+    artifacts: Sequence[Path],
+    files: BenchFiles,
+    machine: Mapping[str, str],
+) -> None:
     """One HTML file from a bench and from the first artifact's manifest."""
     from edgec.report import write_report
 
@@ -308,7 +320,7 @@ def _write_bench_report(path: Path, rows: Sequence[Measurement], artifacts: Sequ
         measurements=rows,
         plan=files.plan,
         profile_entropies=files.entropies,
-        machine=machine(rows[0].device),
+        machine=machine,
         commands=[_command()],
         subject=rows[0].contestant,
         reference=reference,
@@ -317,11 +329,9 @@ def _write_bench_report(path: Path, rows: Sequence[Measurement], artifacts: Sequ
     )
 
 
-def machine(device: str) -> dict[str, str]:
-    """What a reader needs to judge a timing that was taken on this device."""
-    from edgec.bench.devices import open_device
-
-    described = {k: str(v) for k, v in open_device(device).describe().items()}
+def machine(device: Device) -> dict[str, str]:
+    """What a reader needs to judge a timing that was taken there. Raises BenchError where nothing answers."""
+    described = {name: str(told) for name, told in device.describe().items()}
     return {**described, "edgec's python": platform.python_version()}
 
 

@@ -120,8 +120,18 @@ class Workspace:
     def text(self) -> Text:
         return calibration.load_text(self.calibration_file)
 
-    def batches(self, split: str, max_tokens: int, *, batch_tokens: int = calibration.BATCH_TOKENS) -> Batches:
-        """Tokens of one split of the text; on the default text, a causal LM adds some sampled from itself."""
+    def batches(
+        self,
+        split: str,
+        max_tokens: int,
+        *,
+        batch_tokens: int = calibration.BATCH_TOKENS,
+        minimum: int | None = None,
+    ) -> Batches:
+        """Tokens of one split of the text; on the default text, a causal LM adds some sampled from itself. minimum:
+        fewer raise CalibrationError.
+        """
+        fewest = _FEWEST_TOKENS.get(split, limits.MIN_CALIBRATION_TOKENS) if minimum is None else minimum
         found = calibration.tokenize(
             self.text.split(split),
             self.tokenizer,
@@ -129,7 +139,7 @@ class Workspace:
             max_tokens,
             context=self.context,
             batch_tokens=batch_tokens,
-            minimum=_FEWEST_TOKENS.get(split, limits.MIN_CALIBRATION_TOKENS),
+            minimum=fewest,
         )
         if self.calibration_file is None and self.task == DECODER_TASK and self.checkpoint.parameters <= _SAMPLE_UP_TO:
             seed = calibration.SPLITS.index(split)
@@ -195,7 +205,7 @@ class Workspace:
         """On text that neither calibrated nor compared plans: has a long search only learnt the text it was measured
         on?
         """
-        return self.divergence(model, self._second_batches)
+        return self.divergence(model, self.second_batches)
 
     def accepted_loss(self, model: transformers.PreTrainedModel) -> float:
         """What `--max-loss` limits: 1 − mean cosine, or the relative increase of perplexity."""
@@ -205,8 +215,9 @@ class Workspace:
         return found.perplexity / found.dense_perplexity - 1.0
 
     @cached_property
-    def _second_batches(self) -> Batches:
-        return self.batches("heal", SEARCH_TOKENS)
+    def second_batches(self) -> Batches:
+        """What has the last word on a long search."""
+        return self.batches("heal", SEARCH_TOKENS, minimum=limits.MIN_COMPARISON_TOKENS)
 
     def divergence(self, model: transformers.PreTrainedModel, batches: Batches) -> float:
         """End-to-end loss against the dense model: KL [nats per token], or 1 − mean cosine."""

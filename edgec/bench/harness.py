@@ -30,7 +30,7 @@ from edgec.runtime.options import RuntimeOptions, Spin
 Progress = Callable[[int, int, str], None]
 """Called with (measurements done, measurements in all, what runs now)."""
 
-_MEMORY = ("load_s", "runtime_rss_bytes", "load_peak_rss_bytes", "peak_rss_bytes")
+_ONCE = ("load_s", "runtime_rss_bytes", "load_peak_rss_bytes", "peak_rss_bytes")
 _GIVE_UP_AFTER = 2
 
 
@@ -127,9 +127,7 @@ def run_bench(
     when nothing at all could be measured, UsageError for a request that makes no sense.
     """
     settings = settings or BenchSettings()
-    names = [c.name for c in contestants]
-    if not names or len(set(names)) != len(names):
-        raise UsageError(f"a bench needs contestants with different names, got {names}")
+    check_names(contestants)
     device = device or open_device(settings.device)
     rows = [_row(c, settings, device) for c in contestants]
     asked = any(row.reads is not None for row in rows)
@@ -148,6 +146,13 @@ def run_bench(
     if not any(row.values for row in rows):
         raise BenchError(f"nothing could be measured; {rows[0].contestant.name}: {rows[0].failures[0]}")
     return [_measurement(row, device, settings, ceiling) for row in rows]
+
+
+def check_names(contestants: Sequence[Contestant]) -> None:
+    """Rows are told apart by name. Raises UsageError."""
+    names = [c.name for c in contestants]
+    if not names or len(set(names)) != len(names):
+        raise UsageError(f"a bench needs contestants with different names, got {names}")
 
 
 def _row(contestant: Contestant, settings: BenchSettings, device: Device) -> _Row:
@@ -198,7 +203,7 @@ def _measure_once(row: _Row, device: Device, settings: BenchSettings, round_numb
         found = [sample[name] for sample in answers.samples if name in sample]
         if found:
             row.values.setdefault(name, []).append(median(found))
-    for name in _MEMORY:
+    for name in _ONCE:
         value = getattr(answers, name)
         if value is not None:
             row.values.setdefault(name, []).append(float(value))
@@ -273,11 +278,13 @@ def spread(values: Sequence[float]) -> Spread:
 
 
 def _spread_notes(metrics: Mapping[str, Spread], bound: float) -> list[str]:
-    """One note for each timed metric whose quartiles lie too far apart to compare it."""
+    """A note for every timed metric whose quartiles lie too far apart to compare it, or for want of quartiles."""
+    timed = {name: metrics[name] for name in ("load_s", *METRICS) if name in metrics and name not in TAILS}
+    if timed and all(found.n == 1 for found in timed.values()):
+        return ["one round: no spread is known"]
     notes = []
-    for name in (name for name in METRICS if name not in TAILS):
-        found = metrics.get(name)
-        if found and (found.high - found.low) / found.value > bound:
+    for name, found in timed.items():
+        if (found.high - found.low) / found.value > bound:
             share = 100 * (found.high - found.low) / found.value
             notes.append(f"unsettled: {name} spreads over {share:.0f} % of its median (bound {100 * bound:.0f} %)")
     return notes

@@ -153,15 +153,18 @@ def bench(
     edgec bench --shape llama-3.2-1b --target onnx-x64 --target gguf-factored --baseline int4 --baseline q4_0[/dim]
     """
     from edgec import assess
+    from edgec.bench.devices import open_device
     from edgec.bench.harness import BenchSettings
     from edgec.contestants import ShapeRequest
 
     if bool(artifacts) == bool(shape):
         raise UsageError("give artifact folders or --shape, one of the two")
-    if shape and kv_cache:
-        raise UsageError("--kv-cache is for artifacts, not for --shape")
-    if shape and smaller:
-        raise UsageError("--smaller stands beside artifacts of a real model, not beside random weights")
+    if shape and (model or sts or calibration or smaller or kv_cache):
+        raise UsageError("--model, --sts, --calibration, --smaller and --kv-cache are for artifacts, not for --shape")
+    if (sts or calibration) and artifacts and not model:
+        raise UsageError("--sts and --calibration measure quality, against --model: the dense checkpoint")
+    if smaller_as and not smaller:
+        raise UsageError("--smaller-as says which baseline makes a --smaller model, and none is given")
     if target and not shape:
         raise UsageError("--target says what a --shape is exported to; finished artifacts have one")
     first = artifacts[0] if artifacts else None
@@ -178,13 +181,15 @@ def bench(
         new_tokens=new_tokens,
         batch=batch,
     )
+    opened = open_device(settings.device)
+    machine = console.machine(opened)
     costs: list[Any] = []
     with tempfile.TemporaryDirectory(prefix="edgec-bench-") as temporary, console.progress() as bars:
         folder = work or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         if shape:
             wanted = ShapeRequest(shape, plan, tuple(target or ("onnx-x64",)), tuple(baseline or ("int4",)))
-            rows, costs = assess.bench_shape(wanted, settings, folder, bars)
+            rows, costs = assess.bench_shape(wanted, settings, folder, bars, opened)
         else:
             request = assess.BenchRequest(
                 tuple(artifacts or ()),
@@ -198,9 +203,9 @@ def bench(
                 smaller_as,
                 tuple(kv_cache or ()),
             )
-            rows = assess.bench(request, bars)
-    console.print_bench(out, rows, costs, as_json=as_json)
-    written = console.write_bench_files(rows, tuple(artifacts or ()), files)
+            rows = assess.bench(request, bars, opened)
+    console.print_bench(out, rows, costs, machine, as_json=as_json)
+    written = console.write_bench_files(rows, tuple(artifacts or ()), files, machine)
     for path in () if as_json else written:
         console.line(out, f"wrote {path}")
 

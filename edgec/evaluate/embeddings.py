@@ -23,8 +23,9 @@ Embed = Callable[[Sequence[str]], NDArray[np.float32]]
 
 
 def embed_batch(model: transformers.PreTrainedModel, batch: dict[str, Tensor], pooling: Pooling) -> Tensor:
-    """Sentence embeddings [B, d] of one token batch."""
-    return pool(model(**batch).last_hidden_state, batch["attention_mask"], pooling)
+    """Sentence embeddings [B, d] of one token batch, on the model's device."""
+    there = {name: tensor.to(model.device) for name, tensor in batch.items()}
+    return pool(model(**there).last_hidden_state, there["attention_mask"], pooling)
 
 
 def pool(hidden: Tensor, attention_mask: Tensor, pooling: Pooling) -> Tensor:
@@ -42,7 +43,7 @@ def pool(hidden: Tensor, attention_mask: Tensor, pooling: Pooling) -> Tensor:
 def embed_batches(model: transformers.PreTrainedModel, batches: Batches, pooling: Pooling) -> NDArray[np.float32]:
     """Embeddings [N, d] of every row of the batches, in their order."""
     with torch.no_grad():
-        parts = [embed_batch(model, batch, pooling).float().numpy() for batch in batches.items]
+        parts = [embed_batch(model, batch, pooling).float().cpu().numpy() for batch in batches.items]
     return np.concatenate(parts)
 
 
@@ -60,7 +61,7 @@ def torch_embedder(
                 [sentences[i] for i in rows], padding=True, truncation=True, max_length=max_tokens, return_tensors="pt"
             )
             with torch.no_grad():
-                vectors = embed_batch(model, dict(tokens), pooling).float().numpy()
+                vectors = embed_batch(model, dict(tokens), pooling).float().cpu().numpy()
             if result is None:
                 result = np.empty((len(sentences), vectors.shape[1]), np.float32)
             result[rows] = vectors

@@ -33,9 +33,12 @@ class LanguageQuality:
 
 
 def torch_logits(model: transformers.PreTrainedModel) -> Logits:
+    """Of a model on any device: it may be healing on a GPU."""
+
     def logits(ids: NDArray[np.int64]) -> NDArray[np.float32]:
         with torch.no_grad():
-            out: NDArray[np.float32] = model(input_ids=torch.from_numpy(ids)).logits.float().numpy()
+            found = model(input_ids=torch.from_numpy(ids).to(model.device)).logits
+        out: NDArray[np.float32] = found.float().cpu().numpy()
         return out
 
     return logits

@@ -114,9 +114,10 @@ def search_plan(
             progress=told,
         )
     assert goal.budget is not None
-    confirm = (
-        evaluator(workspace, found, workspace.divergence_on_second_text) if goal.search.method == "anneal" else None
-    )
+    confirm = None
+    if goal.search.method == "anneal":
+        assert workspace.second_batches.items  # too little text ends here, not after the search
+        confirm = evaluator(workspace, found, workspace.divergence_on_second_text)
     return plan_to_budget(
         found, target, goal.budget, sizes, loss, goal.search, confirm=confirm, pace=goal.pace, progress=told
     )

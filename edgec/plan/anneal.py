@@ -37,7 +37,7 @@ def anneal(
     progress: Progress | None = None,
 ) -> tuple[Found, str]:
     """(the better plan by `confirm`, a sentence on what happened). Measures at most `search.evaluations` more plans
-    for at most `search.seconds` more; same seed, same plans, unless the time limit cuts them off.
+    for at most half of `search.seconds`; same seed, same plans, unless the time limit cuts them off.
     """
     rng = random.Random(search.seed)  # noqa: S311 (a search, not a secret)
     corrections = learn(Groups.of_layers(list(offer.choices)), ledger.records)
@@ -46,10 +46,7 @@ def anneal(
     here, best, best_loss = start.loss, start.choices, start.loss
     first, begun, barren = ledger.count, ledger.seconds, 0
     while barren < _BARREN:
-        done = ledger.count - first
-        share = done / search.evaluations
-        if search.seconds is not None:
-            share = max(share, (ledger.seconds - begun) / search.seconds)
+        share = search.share(ledger.count - first, ledger.seconds - begun)
         if share >= 1:
             break
         moved = dict(tilts)
@@ -69,7 +66,7 @@ def anneal(
         if loss < best_loss and offer.fits(plan):
             best, best_loss = plan, loss
         if progress:
-            progress(min(done + 1, search.evaluations), search.evaluations, best_loss)
+            progress(round(share * search.evaluations), search.evaluations, best_loss)
     tried = ledger.count - first
     if best_loss >= start.loss:
         return start, f"annealing: {tried} plans measured (seed {search.seed}), none better than the refined one"

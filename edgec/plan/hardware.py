@@ -8,6 +8,7 @@ Asking the driver or torch instead was turned down: a plan is often made on anot
 from __future__ import annotations
 
 import platform
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -161,6 +162,9 @@ HARDWARE: Mapping[str, Hardware] = {
 _FOR_TARGET = {"onnx-x64": "x86-64-avx2", "onnx-arm64": "arm64-dotprod"}
 """Target → the least capable class of hardware that its formats are chosen for."""
 
+_ALIASES = {"amd64": "x86_64", "arm64": "aarch64"}
+"""What Windows and macOS call the machines that Linux names otherwise."""
+
 
 def get(name: str) -> Hardware:
     """Raises UsageError listing the known classes."""
@@ -177,6 +181,15 @@ def of_target(target: Target) -> Hardware:
             f"{' or '.join(_FOR_TARGET)}"
         )
     return HARDWARE[_FOR_TARGET[target.name]]
+
+
+def misplaced(target: str, machine: str) -> bool:
+    """Were a target's formats chosen for another kind of processor than one whose description is `machine`?"""
+    if target not in _FOR_TARGET:
+        return False
+    words = {_ALIASES.get(word, word) for word in re.findall(r"\w+", machine.lower())}
+    known = {h.machine for h in HARDWARE.values()}
+    return bool(words & known) and HARDWARE[_FOR_TARGET[target]].machine not in words
 
 
 def formats(hardware: Hardware) -> tuple[str, ...]:

@@ -32,8 +32,8 @@ Progress = Callable[[int, int, float], None]
 
 METHODS = ("greedy", "none", "anneal")
 
-_ANNEALING_S = 300.0
-"""What `anneal` may take when no time is named [seconds]."""
+_ANNEALING_S = 600.0
+"""What `anneal` may take when no time is named, its refinement included [seconds]."""
 _UNLIMITED = 10_000
 """Evaluations of a search that is limited by its time."""
 _TILT = math.log(1.5)
@@ -49,8 +49,8 @@ class Search:
     """How much measuring a plan is worth.
 
     method: "none" (the allocated plan against the uniform ones), "greedy" (refined), "anneal" (refined, then
-    simulated annealing). evaluations: plans measured by the refinement, rivals included. seconds: no further plan is
-    begun after so long; such a run depends on the machine's speed. seed: of the annealing.
+    simulated annealing). evaluations: plans measured by each of the two, rivals included. seconds: of both together, in
+    equal shares; no further plan is begun then, so such a run depends on the machine's speed. seed: of the annealing.
     """
 
     method: str = "greedy"
@@ -66,9 +66,15 @@ class Search:
         if self.seconds is not None and not self.seconds > 0:
             raise UsageError(f"search: a time limit of {self.seconds} seconds; expected a positive number")
 
+    def share(self, plans: int, seconds: float) -> float:
+        """How much of the refinement, or of the annealing, is over after so many plans and seconds, 0 … 1."""
+        stages = 2 if self.method == "anneal" else 1
+        late = 0.0 if self.seconds is None else stages * seconds / self.seconds
+        return min(1.0, max(plans / self.evaluations, late))
+
 
 def parse_search(text: str, seed: int = 0) -> Search:
-    """"none", "greedy", "anneal" or "anneal:10min" (also s). Raises UsageError."""
+    """ "none", "greedy", "anneal" or "anneal:10min" (also s). Raises UsageError."""
     method, _, limit = text.partition(":")
     if not limit:
         return Search(method, seconds=_ANNEALING_S if method == "anneal" else None, seed=seed)
@@ -178,8 +184,11 @@ class _Run:
 
     @property
     def spent(self) -> bool:
-        late = self.search.seconds is not None and self.ledger.seconds - self.begun >= self.search.seconds
-        return late or self.used >= self.search.evaluations or self.best <= self.goal
+        return self.share >= 1 or self.best <= self.goal
+
+    @property
+    def share(self) -> float:
+        return self.search.share(self.used, self.ledger.seconds - self.begun)
 
     def try_plan(self, name: str, choices: list[Choice]) -> float:
         loss = self.ledger.measure(choices)
@@ -187,7 +196,7 @@ class _Run:
         if loss < self.best and self.offer.fits(choices):
             self.name, self.plan, self.best = name, choices, loss
         if self.progress:
-            self.progress(self.used, self.search.evaluations, self.best)
+            self.progress(round(self.share * self.search.evaluations), self.search.evaluations, self.best)
         return loss
 
     def probe(self) -> None:

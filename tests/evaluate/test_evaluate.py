@@ -22,7 +22,7 @@ from edgec.evaluate.embeddings import (
     spearman_loss_interval,
     torch_embedder,
 )
-from edgec.evaluate.language import compare
+from edgec.evaluate.language import compare, torch_logits
 from edgec.pooling import Pooling
 
 VOCABULARY = 7
@@ -31,8 +31,9 @@ VOCABULARY = 7
 class Hidden:
     """A "model" whose last hidden state is a table's rows."""
 
-    def __init__(self) -> None:
-        self.table = torch.randn(20, 4, generator=torch.Generator().manual_seed(0))
+    def __init__(self, device: str = "cpu") -> None:
+        self.device = torch.device(device)
+        self.table = torch.randn(20, 4, generator=torch.Generator().manual_seed(0)).to(device)
 
     def __call__(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Any:
         return type("Output", (), {"last_hidden_state": self.table[input_ids]})
@@ -48,6 +49,22 @@ def test_pooling_ignores_padding(mode: str, normalize: bool) -> None:
         hidden = model.table[row]
         expected = {"mean": hidden.mean(0), "cls": hidden[0], "max": hidden.amax(0)}[mode]
         torch.testing.assert_close(vector, expected / expected.norm() if normalize else expected)
+
+
+def test_a_model_elsewhere_gets_its_inputs_there() -> None:
+    """ "meta" stands for a GPU: what mixes the two fails, and nothing is computed."""
+    model: Any = Hidden("meta")
+    assert embed_batch(model, pad([[1, 2, 3], [4, 5]]), Pooling()).device.type == "meta"
+
+    class Decoder:
+        device = torch.device("meta")
+
+        def __call__(self, input_ids: torch.Tensor) -> Any:
+            assert input_ids.device.type == "meta"
+            return type("Output", (), {"logits": torch.ones(1, 3, 4)})
+
+    decoder: Any = Decoder()
+    assert torch_logits(decoder)(np.array([[1, 2, 3]])).shape == (1, 3, 4)
 
 
 def test_sentences_come_back_in_their_order() -> None:

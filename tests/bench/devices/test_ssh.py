@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import getpass
+import json
 import os
+import platform
 import shutil
 import socket
 import stat
@@ -14,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from command_for_tests import invoke
 from processes_for_tests import ended
 
 from edgec.bench.devices import _remote, open_device, ssh
@@ -180,6 +183,32 @@ def test_a_disconnect_keeps_the_samples(tmp_path: Path, monkeypatch: pytest.Monk
     device.close()
     assert rows[0].metrics["items_s"].value > 0
     assert any(n.startswith("incomplete") and "Connection closed" in n and "1 of 2" in n for n in rows[0].notes)
+
+
+@pytest.mark.slow
+def test_the_command_tells_what_a_lost_machine_had_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], encoder_artifact: Path
+) -> None:
+    """After the line has dropped in the first round nothing answers any more: the samples come out all the same."""
+    gone = tmp_path / "gone"
+    cut = f'[ -e {gone} ] && {{ echo "No route to host" >&2; exit 255; }}\n'
+    cut += f'case "$1" in *edgec.bench.worker*) sh -c "$1"; touch {gone}; exit 0;; esac'
+    _stand_in(tmp_path, monkeypatch, trouble=cut)
+    elsewhere = "onnx-x64" if platform.machine() in ("aarch64", "arm64") else "onnx-arm64"
+    folder = shutil.copytree(encoder_artifact, tmp_path / "small")
+    manifest = json.loads((folder / "edgec.json").read_text())
+    (folder / "edgec.json").write_text(json.dumps({**manifest, "target": elsewhere}))
+    report = tmp_path / "report.html"
+    words = ("--device", "ssh:user@far.example", "--rounds", "2", "--threads", "1", "--json", "--report", report)
+    said = invoke(capsys, "bench", folder, *words)
+    assert said.code == 0, said
+    found = json.loads(said.out)
+    (row,) = found["measurements"]
+    assert row["metrics"]["items_s"]["n"] == 1
+    assert any(note.startswith("incomplete") and "No route to host" in note for note in row["notes"])
+    assert found["machine"]["processor"] == platform.machine()
+    assert f"exported for {elsewhere}, measured on another kind of processor" in row["notes"]
+    assert "user@far.example" in report.read_text()
 
 
 # A worker that was given up on
