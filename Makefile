@@ -97,7 +97,7 @@ test: setup-gguf
 test-fast: setup
 	$(PYTEST) tests -m 'not slow' $(ARGS)
 
-results: setup
+results: setup-gguf
 	$(OFFLINE) EDGEC_ASSETS="$${EDGEC_ASSETS:-$$(pwd)/../shared/assets}" $(BIN)/python -m runtime_tests.results $(FIGURES)
 
 lint: setup

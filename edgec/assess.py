@@ -143,8 +143,9 @@ def _entrants(path: Path, kv_caches: Sequence[str], machine: str) -> list[Contes
     notes: tuple[str, ...] = ()
     if hardware.misplaced(target, machine):
         notes = (f"exported for {target}, measured on another kind of processor",)
-    if not kv_caches or not any(path.glob("*.gguf")):
-        return [Contestant(path.name, path, notes=notes)]
+    plain = Contestant(path.name, path, notes=notes)
+    if not kv_caches or not plain.is_gguf:
+        return [plain]
     chosen = [RuntimeOptions(kv_cache=kind).kv_cache for kind in dict.fromkeys(kv_caches)]
     return [Contestant(f"{path.name} (KV {kind})", path, kv_cache=kind, notes=notes) for kind in chosen]
 

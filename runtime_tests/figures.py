@@ -42,8 +42,8 @@ def _minilm(work: Path, table: Table, budgets: Sequence[str], heal: HealSettings
         done = _export(model, work, budget, text, "minilm", heal)
         found = assess.evaluate(done.out, model, sts=ASSETS / "stsb" / "sts-dev.csv")
         value = (
-            f"Spearman {found['spearman']:.4f} (dense {found['dense_spearman']:.4f}), "
-            f"loss {found['loss']:+.4f} [{found['low']:+.4f}, {found['high']:+.4f}]"
+            f"Spearman {found['spearman']:.4f} (dense {found['spearman_dense']:.4f}), loss "
+            f"{found['spearman_loss']:+.4f} [{found['spearman_loss_low']:+.4f}, {found['spearman_loss_high']:+.4f}]"
         )
         sizes = done.manifest["sizes"]
         bits = f"{sizes['linear_bpw']:.3f}, {sizes['total_bpw']:.3f}"

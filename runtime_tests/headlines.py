@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +49,9 @@ FIRST_LAYER = (0.49, 0.97)
 
 _OVERSHOOT = (1.0, 1.25, 1.6)
 """A suggestion may stay well below its ratio; larger ones are asked for too, and kept where they are within it."""
+
+_MULTIPLES = (1, 8)
+"""Of ranks: it also decides how a dimension splits into modes."""
 
 HEALED = 0.5
 """Share of the parameters that the healed model keeps: the middle of what the sources compress to."""
@@ -109,7 +113,11 @@ class Bench:
     def _best(self, layer: Layer, kind: str, ratio: float, moment: SecondMoment) -> tuple[Factors, int]:
         weight = self.workspace.weight(layer.name)
         tried = []
-        offered = [s for more in _OVERSHOOT for s in decompose.get(kind).suggest(*layer.shape, ratio * more, 1)]
+        offered = [
+            spec
+            for more, multiple in product(_OVERSHOOT, _MULTIPLES)
+            for spec in decompose.get(kind).suggest(*layer.shape, ratio * more, multiple)
+        ]
         if kind == "tensor_train":  # modes and orders searched for, too
             offered += [spec for spec, _ in search(weight, moment, ratio, 1)]
         for spec in dict.fromkeys(offered):

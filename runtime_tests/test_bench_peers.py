@@ -39,15 +39,18 @@ def test_llama_cpp_s_types_and_a_smaller_model_beside_a_causal_lm(
     small = write_causal_lm(tmp_path / "small", num_hidden_layers=1)
     artifact = write_plain(open_checkpoint(model), tmp_path / "artifact")
     rows = bench(
-        capsys, artifact, "--model", model, "--baseline", "q8_0", "--baseline", "q4_k_m", "--baseline", "torch-eager",
+        capsys, artifact / "model.gguf", "--model", model, "--baseline", "f16", "--baseline", "q8_0",
+        "--baseline", "q4_k_m", "--baseline", "int8", "--baseline", "torch-eager",
         "--smaller", small, "--smaller-as", "q8_0",
     )  # fmt: skip
-    assert list(rows) == ["artifact", "dense q8_0", "dense q4_k_m", "dense torch-eager", "smaller small q8_0"]
+    dense = ["dense f16", "dense q8_0", "dense q4_k_m", "dense int8", "dense torch-eager"]
+    assert list(rows) == ["model.gguf", *dense, "smaller small q8_0"]
     for row in rows.values():
         assert {"decode_tok_s", "prefill_tok_s", "peak_rss_bytes"} <= set(row["metrics"]), row["notes"]
         assert row["quality"]["bits_per_byte"] > 0
     kl = {name: row["quality"].get("kl") for name, row in rows.items()}
     assert kl["dense torch-eager"] < 1e-6 < kl["dense q8_0"] < kl["dense q4_k_m"]
+    assert kl["model.gguf"] == kl["dense f16"] < kl["dense int8"] < kl["dense q4_k_m"]
     assert kl["smaller small q8_0"] is None
     assert any("bits per weight" in note and "Q6_K" in note for note in rows["dense q4_k_m"]["notes"])
     assert any("its tokens are its own" in note for note in rows["smaller small q8_0"]["notes"])
@@ -59,11 +62,11 @@ def test_a_shape_in_onnx_and_gguf_against_both_runtimes_in_one_run(
     pytest.importorskip("llama_cpp", reason="needs the extra edgec[gguf]")
     rows = bench(
         capsys, "--shape", "llama-tiny", "--target", "onnx-x64", "--target", "gguf-factored", "--baseline", "int4",
-        "--baseline", "q4_0", "--work", tmp_path / "work",
+        "--baseline", "q4_0", "--baseline", "f16", "--work", tmp_path / "work",
     )  # fmt: skip
     assert list(rows) == [
         "edgec uniform:0.5 (onnx-x64)", "edgec uniform:0.5 (gguf-factored)",
-        "dense int4 (genai builder)", "dense q4_0 (llama.cpp)",
+        "dense int4 (genai builder)", "dense q4_0 (llama.cpp)", "dense f16 (llama.cpp)",
     ]  # fmt: skip
     for row in rows.values():
         assert row["metrics"]["decode_tok_s"]["value"] > 0

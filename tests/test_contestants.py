@@ -64,7 +64,7 @@ def test_a_smaller_model_does_the_same_and_is_smaller(lm_source: Path, nothing_i
         (ShapeRequest("llama-9000b"), r"unknown shape"),
         (ShapeRequest("llama-tiny", targets=("gguf",)), r"--shape exports to an ONNX target or to gguf-factored"),
         (ShapeRequest("llama-tiny", targets=("onnx-none",)), r"unknown target|onnx-none"),
-        (ShapeRequest("llama-tiny", peers=("int8",)), r"unknown baseline 'int8'"),
+        (ShapeRequest("llama-tiny", peers=("int3",)), r"unknown baseline 'int3'"),
     ],
 )
 def test_what_no_shape_can_be_is_refused_first(request_: ShapeRequest, why: str, nothing_is_made: Path) -> None:

@@ -36,7 +36,7 @@ _GIVE_UP_AFTER = 2
 
 @dataclass(frozen=True)
 class Contestant:
-    """An artifact folder under a name. task: "encoder" or "causal-lm"; "" finds out from the files.
+    """An artifact folder, or a .gguf file, under a name. task: "encoder" or "causal-lm"; "" finds out from the files.
 
     kv_cache: see RuntimeOptions. quality, notes: shown beside the speed in the same row.
     """
@@ -51,8 +51,12 @@ class Contestant:
     def resolved_task(self) -> str:
         if self.task:
             return self.task
-        decoder = (self.folder / "genai_config.json").is_file() or any(self.folder.glob("*.gguf"))
-        return CAUSAL_LM if decoder else ENCODER
+        return CAUSAL_LM if self.is_gguf or (self.folder / "genai_config.json").is_file() else ENCODER
+
+    @property
+    def is_gguf(self) -> bool:
+        """One .gguf file, or a folder with one."""
+        return self.folder.suffix == ".gguf" or any(self.folder.glob("*.gguf"))
 
 
 @dataclass(frozen=True)
@@ -169,8 +173,8 @@ def _job(contestant: Contestant, settings: BenchSettings, device: Device) -> Job
     task = contestant.resolved_task()
     if task not in (ENCODER, CAUSAL_LM):
         raise UsageError(f"{contestant.name}: the task {task!r} cannot be measured; expected {ENCODER} or {CAUSAL_LM}")
-    if not contestant.folder.is_dir():
-        raise BenchError(f"{contestant.name}: {contestant.folder} is not a folder")
+    if not (contestant.folder.is_dir() or (contestant.is_gguf and contestant.folder.is_file())):
+        raise BenchError(f"{contestant.name}: {contestant.folder} is neither a folder nor a .gguf file")
     return Job(
         folder=str(contestant.folder.resolve()),
         task=task,

@@ -50,7 +50,9 @@ def evaluate(
 
 @app.command()
 def run(
-    artifact: Annotated[Path, typer.Argument(help="folder made by `edgec export`", show_default=False)],
+    artifact: Annotated[
+        Path, typer.Argument(help="folder made by `edgec export`, or a .gguf file", show_default=False)
+    ],
     text: Annotated[
         list[str] | None, typer.Argument(help="a prompt, or sentences; default: lines of standard input")
     ] = None,
@@ -96,7 +98,7 @@ def run(
 
 @app.command()
 def bench(
-    artifacts: Annotated[list[Path] | None, typer.Argument(help="folders made by `edgec export`")] = None,
+    artifacts: Annotated[list[Path] | None, typer.Argument(help="folders made by `edgec export`, or .gguf files")] = None,
     model: Annotated[
         Path | None, typer.Option("--model", "-m", help="dense checkpoint: for baselines and quality")
     ] = None,
@@ -104,7 +106,7 @@ def bench(
         list[str] | None,
         typer.Option(
             help="dense peers made by other tools: fp32, int4, torch-eager, torch-compile, optimum; encoders: int8; "
-            "causal LMs: q8_0, q4_k_m, q4_0 (repeat the option)"
+            "causal LMs: int8, f16, q8_0, q4_k_m, q4_0 (repeat the option)"
         ),
     ] = None,
     shape: Annotated[

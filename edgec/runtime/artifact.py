@@ -20,14 +20,14 @@ class Loader(Protocol):
 
 
 def open_artifact(folder: Path | str, options: RuntimeOptions | None = None) -> Encoder | CausalLM:
-    """The artifact in `folder`, loaded with the runtime that its files are for. Raises CheckpointError."""
+    """The artifact in `folder`, or a .gguf file, loaded with the runtime that it is for. Raises CheckpointError."""
     return find_loader(Path(folder)).load(Path(folder), options or RuntimeOptions())
 
 
 def find_loader(folder: Path) -> Loader:
-    """The loader that claims `folder`. Raises CheckpointError when none, or more than one, does."""
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder} is not a folder; give the folder that `edgec export -o` wrote")
+    """The loader that claims `folder`, or a .gguf file. Raises CheckpointError when none, or more than one, does."""
+    if not (folder.is_dir() or (folder.is_file() and folder.suffix == ".gguf")):
+        raise CheckpointError(f"{folder} is not a folder; give the folder that `edgec export -o` wrote, or a .gguf file")
     claimants = [name for name in plugins.names("edgec.runtime") if _loader(name).claims(folder)]
     if not claimants:
         raise CheckpointError(

@@ -8,6 +8,7 @@ from typing import Any
 
 from edgec import limits
 from edgec.errors import CheckpointError
+from edgec.gguf_header import read_header
 
 FIRST_LOGITS = "edgec.first_logits"
 """Input with a default of the decoder graphs that edgec exports, int64 [1]: the first position whose logits are
@@ -33,6 +34,13 @@ def read_json(path: Path) -> dict[str, Any]:
 def optional_json(path: Path) -> dict[str, Any]:
     """The same, {} when the file does not exist."""
     return read_json(path) if path.is_file() else {}
+
+
+def gguf_file(path: Path, *, factored: bool) -> bool:
+    """Is this one .gguf file instead of a folder, and one of edgec's factored ones or not? Raises CheckpointError."""
+    from edgec.runtime.ggml.program import FORMAT_KEY
+
+    return path.suffix == ".gguf" and path.is_file() and (FORMAT_KEY in read_header(path).metadata) == factored
 
 
 def inside(folder: Path, name: Any, source: Path) -> Path:

@@ -1,4 +1,5 @@
-"""Causal LMs on llama.cpp: a folder with `model.gguf`, and beside it perhaps `adapter.gguf`, a LoRA left un-merged.
+"""Causal LMs on llama.cpp: any .gguf file, or a folder with `model.gguf` and perhaps `adapter.gguf`, a LoRA left
+un-merged.
 
 llama-cpp-python's C interface is driven directly: its `Llama` class keeps the logits of the whole context
 (vocabulary × context floats) and silences llama.cpp by redirecting the process's own stderr. Vocabularies and sampling
@@ -22,6 +23,7 @@ import numpy as np
 from edgec.errors import CheckpointError, NumericsError, RuntimeUnavailableError, UsageError
 from edgec.gguf_header import read_header
 from edgec.runtime.interfaces import CAUSAL_LM, Floats, Ids, Piece
+from edgec.runtime.layout import gguf_file
 from edgec.runtime.options import RuntimeOptions
 from edgec.runtime.prompts import SAMPLING, check_prompt, check_sampling, require_same_run
 
@@ -43,7 +45,7 @@ _LEVELS = {3: logging.INFO, 4: logging.WARNING}
 
 
 def claims(folder: Path) -> bool:
-    return (folder / MODEL_FILE).is_file()
+    return (folder / MODEL_FILE).is_file() or gguf_file(folder, factored=False)
 
 
 def prepare() -> dict[str, str]:
@@ -145,9 +147,10 @@ class LlamaCpp:
     runtime = "llama.cpp"
 
     def __init__(self, folder: Path | str, options: RuntimeOptions | None = None) -> None:
-        """Loads `folder`. Raises CheckpointError for unsound files, RuntimeUnavailableError."""
+        """Loads a folder, or one .gguf file. Raises CheckpointError for unsound files, RuntimeUnavailableError."""
         self.folder = Path(folder)
-        path, adapter = self.folder / MODEL_FILE, self.folder / ADAPTER_FILE
+        path = self.folder if self.folder.is_file() else self.folder / MODEL_FILE
+        adapter = self.folder / ADAPTER_FILE
         header = read_header(path)
         self._lib = import_llama_cpp()
         self._threads = (options or RuntimeOptions()).thread_count()

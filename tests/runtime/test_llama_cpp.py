@@ -12,6 +12,7 @@ import pytest
 from models_for_tests import write_causal_lm
 
 from edgec import modeling
+from edgec.bench.harness import BenchSettings, Contestant, run_bench
 from edgec.checkpoint import open_checkpoint
 from edgec.errors import CheckpointError, RuntimeUnavailableError, UsageError
 from edgec.export.gguf import stock
@@ -63,6 +64,19 @@ def test_greedy_tokens_are_the_likeliest_ones(model: LlamaCpp) -> None:
     assert list(model.forced(ids, 6)) == expected
     free = [p.token for p in model.generate(ids, 6)]
     assert free == expected[: len(free)]
+
+
+def test_a_file_of_any_name_is_opened_and_measured_like_a_folder(model: LlamaCpp, folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "theirs.q4.gguf"
+    path.write_bytes((folder / "model.gguf").read_bytes())
+    ids = np.array([5, 6, 7])
+    opened: Any = open_artifact(path, RuntimeOptions(threads=1))
+    np.testing.assert_array_equal(opened.logits(ids), model.logits(ids))
+    quick = BenchSettings(rounds=1, samples=1, warmup=0, min_sample_s=0.0, prompt_tokens=8, new_tokens=4, threads=1)
+    (row,) = run_bench([Contestant(path.name, path)], quick)
+    assert row.artifact_bytes == path.stat().st_size and row.metrics["decode_tok_s"].value > 0
+    with pytest.raises(CheckpointError, match=r"is not a folder; .* or a \.gguf file"):
+        open_artifact(tmp_path / "missing.gguf")
 
 
 def test_a_long_prompt_is_read_in_parts(model: LlamaCpp) -> None:

@@ -147,7 +147,7 @@ class LineDevice(abc.ABC):
         key = str(folder)
         if key not in self._pushed:
             self._home()
-            name = f"artifact{self._copies}"
+            name = f"artifact{self._copies}" + (".gguf" if folder.is_file() else "")
             self._copies += 1  # a copy that failed half-way is never taken up again
             self._copy(pushable(folder), name)
             self._pushed[key] = f"{self._folder}/{name}"

@@ -56,7 +56,7 @@ def copy_worker(files: Sequence[str], out: Path) -> Path:
 
 
 def pushable(folder: Path) -> Path:
-    """An artifact folder whose copy holds what it holds: no links, no devices. Raises BenchError."""
+    """An artifact folder (or file) whose copy holds what it holds: no links, no devices. Raises BenchError."""
     for root, folders, files in os.walk(folder):
         for name in (*folders, *files):
             path = Path(root) / name

@@ -10,6 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from edgec.runtime.layout import gguf_file
 from edgec.runtime.options import RuntimeOptions
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ MODEL_FILE = "model.factored.gguf"
 
 
 def claims(folder: Path) -> bool:
-    return (folder / MODEL_FILE).is_file()
+    return (folder / MODEL_FILE).is_file() or gguf_file(folder, factored=True)
 
 
 def prepare() -> dict[str, str]:
