@@ -10,8 +10,9 @@ import pytest
 from models_for_tests import fit_only_once
 
 from edgec import healing, pipeline
-from edgec.errors import UsageError
+from edgec.errors import BudgetError, UsageError
 from edgec.heal.settings import parse_heal
+from edgec.pipeline.verified import shipped_loss
 from edgec.plan.refine import Search
 from edgec.runtime.ort_encoder import OrtEncoder
 from edgec.workspace import Workspace
@@ -48,9 +49,7 @@ def healed(request_: pipeline.ExportRequest) -> pipeline.Exported:
     return pipeline.export(request_)
 
 
-def test_the_healed_model_ships_within_its_budget(
-    healed: pipeline.Exported, request_: pipeline.ExportRequest
-) -> None:
+def test_the_healed_model_ships_within_its_budget(healed: pipeline.Exported, request_: pipeline.ExportRequest) -> None:
     """Its biases and norms too: the exported graph agrees with torch on the healed ones, as verification measured."""
     record = healed.manifest["healing"]
     assert record["kept"] is True
@@ -122,5 +121,27 @@ def test_max_loss_in_place_of_a_budget(request_: pipeline.ExportRequest, tmp_pat
     )
     assert found.plan.budget == "max-loss 5%"
     assert found.manifest["quality"]["cosine"] > 0.9
+    assert _lost(found) <= 0.05
     with pytest.raises(UsageError, match="give one of them"):
         pipeline.export(replace(request_, out=tmp_path / "both", max_loss="5%"))
+
+
+def _lost(found: pipeline.Exported) -> float:
+    (note,) = (note for note in found.plan.notes if note.startswith("the written files lose"))
+    return float(note.rpartition(" ")[2])
+
+
+def test_max_loss_holds_for_what_the_runtime_makes_of_the_files(
+    request_: pipeline.ExportRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A runtime that loses 4 % by its rounding leaves 1 % of 5 % to the plan; one that loses 6 % leaves nothing."""
+    request = replace(request_, out=tmp_path / "line", budget=None, max_loss="5%", heal=parse_heal("off"))
+    loose = pipeline.export(request)
+    lose = shipped_loss
+    monkeypatch.setattr("edgec.pipeline.exporting.shipped_loss", lambda *told: lose(*told) + 0.04)
+    found = pipeline.export(replace(request, out=tmp_path / "rounded"))
+    assert _lost(found) <= 0.05 and found.plan.budget == "max-loss 5%"
+    assert found.plan.bytes > loose.plan.bytes
+    monkeypatch.setattr("edgec.pipeline.exporting.shipped_loss", lambda *told: lose(*told) + 0.06)
+    with pytest.raises(BudgetError, match=r"max-loss 5%: run by its runtime .* still loses 0\.\d+"):
+        pipeline.export(replace(request, out=tmp_path / "hopeless"))

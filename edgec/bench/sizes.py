@@ -13,7 +13,10 @@ ADAPTER_FILE = "adapter.gguf"
 
 
 def model_file(folder: Path) -> Path:
-    """The model file of an artifact folder, or the .gguf file that is given instead of one. Raises BenchError without one, CheckpointError when it lies outside."""
+    """The model file of an artifact folder, or the .gguf file that is given instead of one.
+
+    Raises BenchError without one, CheckpointError when it lies outside.
+    """
     if folder.is_file():
         return folder
     config = folder / "genai_config.json"

@@ -98,7 +98,9 @@ def run(
 
 @app.command()
 def bench(
-    artifacts: Annotated[list[Path] | None, typer.Argument(help="folders made by `edgec export`, or .gguf files")] = None,
+    artifacts: Annotated[
+        list[Path] | None, typer.Argument(help="folders made by `edgec export`, or .gguf files")
+    ] = None,
     model: Annotated[
         Path | None, typer.Option("--model", "-m", help="dense checkpoint: for baselines and quality")
     ] = None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from edgec.pipeline.stages import (
     search_plan,
     silent,
 )
-from edgec.pipeline.verified import Product, verified_manifest
+from edgec.pipeline.verified import Product, shipped_loss, verified_manifest
 from edgec.plan.acceptance import Line, parse_max_loss
 from edgec.plan.budget import Budget, parse_budget
 from edgec.plan.planner import Sizes, finalists, plan_of
@@ -114,7 +114,7 @@ class _Export:
         return self._planned(goal)
 
     def _planned(self, goal: Goal) -> Product:
-        """Plan, fit and write until the files that were really written are within the budget; then heal."""
+        """Plan, fit and write until what was really written is within the budget or the line; then heal."""
         workspace = self.workspace
         goal = paced(goal, self.target, workspace.task, self.progress)
         self.progress("building the graph", 0, 1)
@@ -123,24 +123,53 @@ class _Export:
         sizes = planning_sizes(workspace, self.kind, draft, self.work)
         found = profile_of(workspace, self.target, self.request.profile, self.progress)
         evaluate = evaluator(workspace, found, workspace.divergence_on_search)
+        product, rivals = self._within_budget(goal, found, sizes, evaluate, draft)
+        if goal.line is not None:
+            product = self._within_line(
+                product, goal, goal.line, lambda tighter: self._within_budget(tighter, found, sizes, evaluate)[0]
+            )
+        return self._healed(product, found, rivals, goal.budget)
+
+    def _within_budget(
+        self, goal: Goal, found: Profile, sizes: Sizes, evaluate: Evaluate, draft: Any = None
+    ) -> tuple[Product, list[Plan]]:
+        """A product, and plans of another structure for healing to try. Raises BudgetError."""
         over = 0.0
         for attempt in range(_REPLANS):
             plans = self._plans(found, goal, sizes, evaluate)
-            factors = fit_drafts(workspace, plans[0].choices, found, self.progress)
-            product = self._written(plans[0], factors, workspace.checkpoint, draft)
+            factors = fit_drafts(self.workspace, plans[0].choices, found, self.progress)
+            product = self._written(plans[0], factors, self.workspace.checkpoint, draft)
             draft = None  # writing consumes it
             over = self._overrun(goal.budget, product.written)
             if over <= 0:
                 product = self._refitted(product, found, goal.budget)
                 if goal.line is not None:
                     product = self._smaller(product, goal, goal.line, found, sizes, evaluate)
-                return self._healed(product, found, plans[1:], goal.budget)
+                return product, plans[1:]
             logger.info("the written model is %d bytes over the budget; planning again", over)
             # Another plan has another graph around its layers, some kB larger: room is given up faster and faster.
             sizes = replace(sizes, other_bytes=sizes.other_bytes + (int(over) + 64) * 2**attempt)
         raise BudgetError(
             f"budget {goal}: no plan fits after {_REPLANS} tries; the last was {over:.0f} bytes over. Raise --budget"
         )
+
+    def _within_line(self, product: Product, goal: Goal, line: Line, made: Callable[[Goal], Product]) -> Product:
+        """A product whose files, run by their own runtime, lose no more than the line: plans are compared in floats,
+        and a runtime that rounds activations loses more. Raises BudgetError.
+        """
+        lost = 0.0
+        for _ in range(_REPLANS):
+            lost = shipped_loss(self.workspace, self.stage)
+            if lost <= line.value:
+                return replace(product, plan=_noted(product.plan, f"the written files lose {lost:.3g}"))
+            logger.info("run by its runtime the plan loses %.3g, %.3g is allowed; planning again", lost, line.value)
+            rounding = lost - self.workspace.loss_with(product.factors, self.workspace.accepted_loss)
+            if (aim := line.value - rounding) <= 0:
+                break
+            product = made(replace(goal, line=replace(line, value=aim)))
+        int8 = self.target.multiplies_in_int8(encoder=self.workspace.task != DECODER_TASK)
+        packed = " or take --arithmetic packed" if int8 else ""
+        raise BudgetError(f"{goal}: run by its runtime the smallest plan still loses {lost:.3g}; raise it{packed}")
 
     def _plans(self, found: Profile, goal: Goal, sizes: Sizes, evaluate: Evaluate) -> list[Plan]:
         """The best plan, and where healing follows, others of another structure: healing may reverse their order."""

@@ -89,6 +89,16 @@ def verified_manifest(
     }
 
 
+def shipped_loss(workspace: Workspace, artifact: Path) -> float:
+    """What `--max-loss` limits, of written files, by their runtime, on the text that plans are compared on."""
+    batches = workspace.search_batches
+    if workspace.task == DECODER_TASK:
+        decoder = verify.decoder_of(artifact)
+        found = workspace.language_quality(lambda ids: verify.stacked_logits(decoder, ids), batches)
+        return found.perplexity / found.dense_perplexity - 1.0
+    return 1.0 - workspace.encoder_quality(verify.stacked_embeddings(OrtEncoder(artifact), batches), batches).cosine
+
+
 def measure_quality(workspace: Workspace, artifact: Path, opened: Any = None) -> dict[str, Any]:
     """Quality of an exported folder against the dense model on held-out text, by the runtime that will execute it.
 

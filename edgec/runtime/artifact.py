@@ -27,7 +27,7 @@ def open_artifact(folder: Path | str, options: RuntimeOptions | None = None) -> 
 def find_loader(folder: Path) -> Loader:
     """The loader that claims `folder`, or a .gguf file. Raises CheckpointError when none, or more than one, does."""
     if not (folder.is_dir() or (folder.is_file() and folder.suffix == ".gguf")):
-        raise CheckpointError(f"{folder} is not a folder; give the folder that `edgec export -o` wrote, or a .gguf file")
+        raise CheckpointError(f"{folder} is not a folder; give one that `edgec export -o` wrote, or a .gguf file")
     claimants = [name for name in plugins.names("edgec.runtime") if _loader(name).claims(folder)]
     if not claimants:
         raise CheckpointError(
