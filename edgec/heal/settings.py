@@ -20,8 +20,7 @@ class HealSettings:
 
     method: "full" trains every number of every core; "lora" a low-rank change of each quantised core (Hu et al. 2021,
     arXiv 2106.09685), which learns less and forgets less. device: "cpu", "cuda" or any that torch knows. A run
-    limited by time ends wherever the clock says; the number of steps is recorded, and `Nsteps` repeats it byte for
-    byte.
+    limited by time lowers its rate and ends by the clock; `Nsteps` gives the same bytes twice.
     """
 
     mode: str = "off"

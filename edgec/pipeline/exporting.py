@@ -260,9 +260,10 @@ class _Export:
     ) -> Product:
         """The product after healing, which is the product itself where healing is off or does not help."""
         settings = self.request.heal
-        if settings.mode == "off":
-            return product
         state_file = self.request.out.absolute().parent / f".{self.request.out.name}.heal.safetensors"
+        if settings.mode == "off":
+            state_file.unlink(missing_ok=True)  # of a run that was killed, and is not taken up again
+            return product
         plan, start = product.plan, healing.Start(product.factors)
         if rivals and not healing.reason_to_skip(self.workspace, settings, product.factors):
             heats = [(plan, start)]

@@ -170,7 +170,8 @@ def conditions(found: Frontier) -> list[str]:
     dense = ", ".join(f"{LABELS.get(name, name)} {_digits(value)}" for name, value in found.dense.items())
     return [
         f"Compared by {METRIC_LABELS[found.metric]}, on {found.evaluated_on}. Calibrated on {found.calibration}.",
-        f"Block linears only; embeddings and head at int8 for all. Healing: {found.heal}."
+        "Block linears only; embeddings and head at int8 for all; activations in floats, whatever a runtime makes of "
+        f"them. Healing: {found.heal}."
         + (f" Dense: {dense}." if dense else ""),
         f"A peer is of a plan's size when it takes at most {found.slack:.0%} more bytes, and something executes it. "
         "Intervals: paired bootstrap, 95 %.",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import resource
 import signal
@@ -101,6 +102,28 @@ def test_a_killed_export_leaves_only_hidden_files_and_the_next_run_sweeps_them(
     assert set(left) != set(before), "killed too late to leave anything"
     assert invoke(capsys, *_words(lm_source, room / "out")).code == 0
     assert tree(room) == {"out": "dir", **{f"out/{name}": digest for name, digest in whole.items()}}
+
+
+def test_a_killed_healing_goes_on_where_it_was(
+    started: Callable[..., subprocess.Popen[str]],
+    lm_source: Path,
+    text_file: Path,
+    room: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The state is of the first tenth of the run; a run of one step that takes it up has no more to do."""
+
+    def words(heal: str) -> tuple[str | Path, ...]:
+        return (*_words(lm_source, room / "out"), "--calibration", text_file, "--heal", heal)
+
+    process = started(*words("2000steps"))
+    wait_for(process, room, ".out.heal.safetensors")
+    process.kill()
+    assert finish(process).code == -signal.SIGKILL
+    assert invoke(capsys, *words("1steps")).code == 0
+    manifest = json.loads((room / "out" / "edgec.json").read_text(encoding="utf-8"))
+    assert "resumed at step 2" in manifest["healing"]["note"], manifest["healing"]
+    assert [path.name for path in room.iterdir()] == ["out"]
 
 
 def test_a_second_run_into_the_same_output_exits_and_the_first_succeeds(
