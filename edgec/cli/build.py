@@ -38,7 +38,9 @@ def export(
     plan: Annotated[
         str | None, typer.Option(help="plan.yaml, or a constraint: uniform:0.5[:FORMAT], dense:FORMAT")
     ] = None,
-    recipe: Annotated[Path | None, typer.Option(help="YAML with target; budget, max_loss or plan; heal; calibration")] = None,
+    recipe: Annotated[
+        Path | None, typer.Option(help="YAML with target; budget, max_loss or plan; heal; calibration")
+    ] = None,
     calibration: Calibration = None,
     profile: ProfileOption = None,
     max_loss: MaxLoss = None,

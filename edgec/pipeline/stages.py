@@ -12,10 +12,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from edgec.calibration import Batches
 from edgec.compress.apply import fit_choices
 from edgec.compress.streaming import FitChoice, stream_fit
-from edgec.errors import ProfileError, UnsupportedModelError, UsageError
+from edgec.errors import EdgecError, ProfileError, UnsupportedModelError, UsageError
 from edgec.export.artifacts import ArtifactKind
 from edgec.export.targets import get_target
 from edgec.fit import DRAFT, Factors
@@ -28,7 +30,7 @@ from edgec.plan.candidates import candidates
 from edgec.plan.latency import Pace
 from edgec.plan.planner import Sizes, check_plan, constrained_plan, plan_to_budget
 from edgec.plan.refine import Search, key_of
-from edgec.profile.activations import collect
+from edgec.profile.activations import bytes_needed, collect
 from edgec.profile.profiler import build_profile
 from edgec.profile.store import Profile, load_profile
 from edgec.quantize.formats import LayerFormat
@@ -63,7 +65,9 @@ class Goal:
 
 
 def make_profile(workspace: Workspace, targets: list[Target], progress: Progress = silent) -> Profile:
+    """Raises EdgecError where memory cannot hold what a profile measures of all layers at once."""
     require_text(workspace)
+    _require_memory(workspace)
 
     def offered(layer: Layer, incompressible: bool) -> list[tuple[Any, Any]]:
         tied = layer.tied_to is not None
@@ -82,6 +86,17 @@ def make_profile(workspace: Workspace, targets: list[Target], progress: Progress
     # What a target must beat is planned for from its own profile (`exporting._the_better`).
     served = [name for target in targets for name in (target.name, target.must_beat) if name]
     return replace(made, targets=tuple(dict.fromkeys(served)))
+
+
+def _require_memory(workspace: Workspace) -> None:
+    assert workspace.model is not None  # loaded, and so not among what is still needed
+    need = bytes_needed(workspace.layers, pooled=workspace.pooling is not None)
+    have = psutil.virtual_memory().available
+    if need > have:
+        raise EdgecError(
+            f"the statistics of all layers need about {need / 1e9:.1f} GB beside the model, {have / 1e9:.1f} GB are "
+            "free; `edgec compress --plan uniform:0.5` needs those of one block at a time"
+        )
 
 
 def search_plan(

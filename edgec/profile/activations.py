@@ -16,7 +16,7 @@ are split into their mean over the sentence and the rest, and each part has its 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -232,17 +232,18 @@ def collect(
         collector.close()
     tokens, sentences = batches.tokens, sum(len(b["input_ids"]) for b in batches.items)
 
-    def moments(totals: Mapping[str, Tensor]) -> dict[str, Array]:
-        found = {name: _finished(name, total, tokens) for name, total in totals.items()}
-        for name in totals.keys() & collector.energies.keys():
+    def moments(totals: dict[str, Tensor]) -> dict[str, Array]:
+        tables = totals.keys() & collector.energies.keys()
+        found = {name: _finished(name, totals.pop(name), tokens) for name in list(totals)}
+        for name in tables:
             if (energy := collector.energies[name]).sum() > 0:
                 found[name] = _finished(name, energy / energy.sum(), 1)
         return found | {name: found[first] for name, first in collector.shared.items() if first in found}
 
-    def curvatures(totals: Mapping[str, Tensor]) -> dict[str, Array]:
+    def curvatures(totals: dict[str, Tensor]) -> dict[str, Array]:
         # Per item of the metric: an encoder's loss is per sentence, a causal LM's per token.
         per = sentences if pooling is not None else tokens
-        return {name: _finished(name, total, per) for name, total in totals.items()}
+        return {name: _finished(name, totals.pop(name), per) for name in list(totals)}
 
     return Statistics(
         moments(collector.moments),
@@ -252,6 +253,16 @@ def collect(
         curvatures(collector.mean_curvatures),
         sentences,
     )
+
+
+def bytes_needed(layers: Sequence[Layer], *, pooled: bool) -> int:
+    """About what `collect` holds at once beside the model: sums in float64, of every width once in each module. pooled:
+    of an encoder, whose tokens and sentences have their own.
+    """
+    widths = {(layer.name.rpartition(".")[0], layer.shape[1]) for layer in layers if layer.role == "linear"}
+    outputs = [layer.shape[0] for layer in layers if layer.role == "linear"]
+    numbers = sum(k * k for _, k in widths) + sum(n * n if n <= MAX_CURVATURE else n for n in outputs)
+    return 8 * numbers * (2 if pooled else 1)
 
 
 def _output(model: transformers.PreTrainedModel, batch: dict[str, Tensor], pooling: Pooling | None) -> Tensor:

@@ -112,8 +112,8 @@ class CoreFormat(LayerFormat):
         if not match or int(match[2]) not in FAST_BLOCKS:
             raise PlanError(
                 f"unknown core format {name!r}; expected fp32, fp16, or int2|int4|int8 with -b16, -b32, -b64, -b128 "
-                "or -b256, optionally followed by -zp (for example int4-b32), or a ggml type (q4_k, iq3_xxs); int3-… "
-                "and fp8-e4m3 are simulated"
+                "or -b256, optionally followed by -zp (for example int4-b32), or a ggml type in small letters (q4_k, "
+                "iq3_xxs; mixes such as Q4_K_M are what --budget is for); int3-… and fp8-e4m3 are simulated"
             )
         return cls(bits=int(match[1]), block=int(match[2]), zero_points=bool(match[3]))
 

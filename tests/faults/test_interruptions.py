@@ -19,7 +19,7 @@ from models_for_tests import tree
 from edgec import pipeline
 from edgec.export.onnx import exporter
 from edgec.outputs import written_file
-from edgec.pipeline import exporting
+from edgec.pipeline import exporting, stages
 
 pytestmark = pytest.mark.slow
 
@@ -195,6 +195,15 @@ def test_a_model_that_does_not_verify_is_not_written(
         said = invoke(capsys, *_words(lm_source, room / "out"))
         check_failure(said, 1, r"verify: the exported graph differs from the compressed model by (5\.00e-01|nan)")
         assert tree(room) == before
+
+
+def test_memory_that_a_profile_cannot_have_is_told_before_it_is_measured(
+    capsys: pytest.CaptureFixture[str], lm_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stages, "bytes_needed", lambda layers, pooled: 10**15)
+    said = invoke(capsys, "profile", lm_source, "-o", tmp_path / "out")
+    check_failure(said, 1, r"statistics of all layers need about 1000000\.0 GB .* are free; .*compress")
+    assert not (tmp_path / "out").exists()
 
 
 def test_out_of_memory_and_bugs_are_one_line_too(

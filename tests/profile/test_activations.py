@@ -21,11 +21,12 @@ from edgec.evaluate.language import compare, torch_logits
 from edgec.moments import UNSEEN, TableMoment, smoothed
 from edgec.pooling import Pooling
 from edgec.profile import profiler
-from edgec.profile.activations import Statistics, collect
+from edgec.profile.activations import Statistics, bytes_needed, collect
 from edgec.profile.profiler import Scorer
 from edgec.quantize import gptq
 from edgec.quantize.formats import CoreFormat
 from edgec.records import Spec
+from edgec.workspace import Workspace
 
 MEAN = Pooling("mean", normalize=True)
 INT4 = CoreFormat.parse("int4-b32")
@@ -123,6 +124,17 @@ def test_layers_that_read_one_tensor_share_one_array() -> None:
     gate, up = (found.second_moments[f"{block}mlp.{n}_proj"] for n in ("gate", "up"))
     assert gate is up is not q
     assert found.moment("nowhere") is None
+
+
+def test_memory_is_foretold(lm_source: Path, encoder_source: Path) -> None:
+    for source, pooled in ((lm_source, False), (encoder_source, True)):
+        workspace = Workspace(source)
+        linears = [layer for layer in workspace.layers if layer.role == "linear"]
+        found = collect(workspace.model, linears, workspace.calibration_batches, pooling=workspace.pooling)
+        kept = (found.second_moments, found.curvatures, found.mean_moments, found.mean_curvatures)
+        arrays = {id(array): array for mapping in kept for array in mapping.values()}
+        held = 2 * sum(array.nbytes for array in arrays.values())  # float64 while they are summed
+        assert 0.75 * held < bytes_needed(linears, pooled=pooled) <= held
 
 
 def test_curvature_is_the_fisher_matrix_of_the_logits() -> None:
