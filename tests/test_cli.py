@@ -159,7 +159,9 @@ def test_run_generates_and_embeds(
     found = _json(invoke(capsys, "run", lm_artifact, "The import ", "-n", "6", "--json"))
     assert len(found["tokens"]) == 6
     assert found["prompt"] + found["text"] + "\n" == said.out
-    assert invoke(capsys, "run", lm_artifact, "x", "--sample", "-n", "3").code == 0
+    sampled = ("run", lm_artifact, "x", "--sample", "--temp", "1.5", "--top-k", "50", "-n", "8", "--seed")
+    first, again, other = (invoke(capsys, *sampled, seed) for seed in ("1", "1", "2"))
+    assert first.code == 0 and first.out == again.out != other.out
 
     sentences = ["A list of names.", "[bold]A list[/] of \x1b[31mobjects."]
     vectors = np.array(_json(invoke(capsys, "run", encoder_artifact, *sentences, "--json"))["embeddings"])

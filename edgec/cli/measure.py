@@ -60,6 +60,10 @@ def run(
     sample: Annotated[
         bool, typer.Option("--sample", help="sample instead of always taking the likeliest token")
     ] = False,
+    temperature: Annotated[float | None, typer.Option("--temperature", "--temp", min=0, help="of --sample")] = None,
+    top_k: Annotated[int | None, typer.Option(min=0, help="of --sample; 0: all tokens")] = None,
+    top_p: Annotated[float | None, typer.Option(min=0, max=1, help="of --sample")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="of --sample")] = None,
     threads: Annotated[int, typer.Option(help="0: all physical cores")] = 0,
     kv_cache: KvCache = "",
     as_json: Json = False,
@@ -68,6 +72,10 @@ def run(
     from edgec.runtime import RuntimeOptions, open_artifact
     from edgec.runtime.interfaces import CAUSAL_LM
 
+    told = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "random_seed": seed}
+    sampling = {name: value for name, value in told.items() if value is not None}
+    if sampling and not sample:
+        raise UsageError("--temperature, --top-k, --top-p and --seed are of --sample, which is not given")
     texts = text or [line.rstrip("\n") for line in sys.stdin if line.strip()]
     if not texts:
         raise UsageError("nothing to run: give a prompt or sentences, or pipe lines in")
@@ -80,7 +88,7 @@ def run(
             console.print_similarities(out, texts, vectors)
         return
     for prompt in texts:
-        pieces = loaded.generate(prompt, max_new_tokens, greedy=not sample)
+        pieces = loaded.generate(prompt, max_new_tokens, greedy=not sample, **sampling)
         if as_json:
             found = list(pieces)
             print(

@@ -145,7 +145,7 @@ def kv_cache(row: Measurement) -> tuple[str, str]:
 
 
 def memory_line(row: Measurement) -> str:
-    """One sentence about what decoding reads and what its cache takes; "" where neither is known."""
+    """One sentence about what decoding reads, what its cache takes and what it holds; "" where none is known."""
     parts = []
     if row.roofline is not None:
         found = row.roofline
@@ -157,6 +157,9 @@ def memory_line(row: Measurement) -> str:
         parts.append(f"KV cache {size(row.kv_cache_bytes)}")
     if growth := row.metrics.get("rss_growth_bytes"):
         parts.append(f"{size(growth.value)} of RAM per 1000 tokens more")
+    peak, empty = row.metrics.get("peak_rss_bytes"), row.metrics.get("runtime_rss_bytes")
+    if parts and peak and empty and row.artifact_bytes:
+        parts.append(f"beyond the empty runtime {(peak.value - empty.value) / row.artifact_bytes:.2f} × the file")
     return "; ".join(parts)
 
 

@@ -312,6 +312,7 @@ def test_hostile_names_reach_the_terminal_harmless(model: Path, tmp_path: Path, 
     [
         (("run", "{model}", "hello"), 1, r"model holds nothing that a runtime here can load"),
         (("run", "{nowhere}", "hello"), 1, r"nowhere is not a folder"),
+        (("run", "{nowhere}", "hello", "--top-k", "5"), 2, r"--top-k, .* of --sample, which is not given"),
         (("inspect", "{nowhere}"), 1, r"nowhere: no such folder"),
         (("eval", "{nowhere}", "--model", "{model}"), 1, r"nowhere"),
         (("eval", "{model}", "--model", "{model}"), 1, r"genai_config|model\.onnx"),

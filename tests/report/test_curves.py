@@ -8,6 +8,7 @@ import json
 import math
 import re
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -101,6 +102,11 @@ def test_the_terminal_and_markdown_say_what_a_token_reads() -> None:
     assert line == (
         "a token reads 9.00 MB of weights and 1.00 MB of cache: at most 130 tok/s, 1.30 × the measured; "
         "KV cache 3.00 MB; 2.00 MB of RAM per 1000 tokens more"
+    )
+    held = {"peak_rss_bytes": Spread(400.0, 400.0, 400.0, 3), "runtime_rss_bytes": Spread(100.0, 90.0, 110.0, 3)}
+    full = row("a")
+    assert text.memory_line(replace(full, metrics={**full.metrics, **held}, artifact_bytes=240)).endswith(
+        "more; beyond the empty runtime 1.25 × the file"
     )
     assert text.memory_line(row("b", metrics={}, roofline=None, kv_cache_bytes=0)) == ""
     assert "1.30 × (130 tok/s, 10.0 MB a token) | 3.00 MB (2.00 MB of RAM per 1000 tokens)" in to_markdown([row("a")])
