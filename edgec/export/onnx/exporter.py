@@ -18,6 +18,7 @@ from edgec.export.onnx.decoder_support import check_supported
 from edgec.export.onnx.encoder import export_encoder
 from edgec.export.onnx.graph import DenseGraph
 from edgec.export.onnx.lowering import lower
+from edgec.export.onnx.projections import pack_projections
 from edgec.export.onnx.saving import DATA_FILE, MODEL_FILE, save_model
 from edgec.fit import Factors
 from edgec.pooling import read_pooling
@@ -66,8 +67,10 @@ def write_model(
     decodes = isinstance(graph, decoder.DecoderGraph)
     int8 = target.multiplies_in_int8(encoder=not decodes)
     lower(graph, factors, accuracy_level=target.accuracy_level, int8=int8)
-    if isinstance(graph, decoder.DecoderGraph) and graph.tied and not {graph.head, graph.embedding} & set(factors):
-        decoder.share_tied_table(graph)
+    if isinstance(graph, decoder.DecoderGraph):
+        pack_projections(graph.model)
+        if graph.tied and not {graph.head, graph.embedding} & set(factors):
+            decoder.share_tied_table(graph)
     _stamp(graph.model)
     tensors = save_model(graph.model, out, progress)
     files = [out / MODEL_FILE, out / DATA_FILE]

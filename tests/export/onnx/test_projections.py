@@ -1,0 +1,79 @@
+"""Packed projections: the same numbers as apart, where the formats agree, and nowhere else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from edgec import modeling
+from edgec.checkpoint import open_checkpoint
+from edgec.export.onnx.decoder import build_decoder
+from edgec.export.onnx.lowering import lower
+from edgec.export.onnx.projections import pack_projections
+from edgec.fit import Factors, fit
+from edgec.quantize.formats import CoreFormat
+from edgec.records import Spec
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj")
+
+
+def lowered(source: Path, work: Path, formats: dict[str, str]) -> ir.Model:
+    """formats: of the projections of the first block; those of the others are int4-b32."""
+    graph = build_decoder(source, work)
+    state = modeling.load_dense(open_checkpoint(source)).state_dict()
+    factors: dict[str, Factors] = {}
+    for name in graph.linears:
+        kind = name.rpartition(".")[2]
+        if kind in PROJECTIONS:
+            fmt = CoreFormat.parse(formats.get(kind, "int4-b32") if ".0." in name else "int4-b32")
+            factors[name] = fit(state[f"{name}.weight"].numpy(), Spec("dense"), fmt)
+    lower(graph, factors, accuracy_level=4)
+    return graph.model
+
+
+def logits(model: ir.Model, source: Path, path: Path) -> np.ndarray[Any, Any]:
+    import onnxruntime
+
+    ir.save(model, path)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    head = modeling.dimensions(open_checkpoint(source)).head_dim
+    feeds: dict[str, Any] = {}
+    for wanted in session.get_inputs():
+        if wanted.name.startswith("past_key_values"):
+            feeds[wanted.name] = np.zeros((1, wanted.shape[1], 0, head), np.float32)
+    ids = np.arange(3, 12)[None]
+    feeds |= {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+    if "position_ids" in {wanted.name for wanted in session.get_inputs()}:
+        feeds["position_ids"] = np.arange(ids.shape[1])[None]
+    found: np.ndarray[Any, Any] = session.run(["logits"], feeds)[0]
+    return found
+
+
+def products(model: ir.Model) -> list[ir.Node]:
+    return [node for node in model.graph if node.op_type == "MatMulNBits"]
+
+
+@pytest.mark.parametrize("fmt", ["int4-b32", "int8-b32", "int4-b32-zp"])
+def test_packed_they_give_the_same_logits_bit_for_bit(fmt: str, lm_source: Path, tmp_path: Path) -> None:
+    model = lowered(lm_source, tmp_path, dict.fromkeys(PROJECTIONS, fmt))
+    before, stored = len(products(model)), sum(v.const_value.nbytes for v in model.graph.initializers.values())  # type: ignore[union-attr]
+    apart = logits(model, lm_source, tmp_path / "apart.onnx")
+    attentions = sum(node.op_type == "GroupQueryAttention" for node in model.graph)
+    assert pack_projections(model) == attentions > 0
+    assert len(products(model)) == before - 2 * attentions
+    assert sum(v.const_value.nbytes for v in model.graph.initializers.values()) == stored  # type: ignore[union-attr]
+    np.testing.assert_array_equal(logits(model, lm_source, tmp_path / "packed.onnx"), apart)
+    assert pack_projections(model) == 0
+
+
+@pytest.mark.parametrize("other", ["int8-b32", "int4-b64", "int4-b32-zp"])
+def test_other_formats_stay_apart(other: str, lm_source: Path, tmp_path: Path) -> None:
+    model = lowered(lm_source, tmp_path, {"q_proj": "int4-b32", "k_proj": other, "v_proj": "int4-b32"})
+    attentions = sum(node.op_type == "GroupQueryAttention" for node in model.graph)
+    assert pack_projections(model) == attentions - 1
