@@ -1,5 +1,6 @@
-"""A small Llama of Python source (`pycode-lm` among the assets) exported for both runtimes, with and without a cap on
-milliseconds, beside its dense forms: `python -m runtime_tests.decoders`. Quality is on text that calibrated nothing.
+"""A small Llama of Python source (`pycode-lm` among the assets) exported for both runtimes: by default, with a cap on
+milliseconds, and in the plain format of the fastest baseline, beside its dense forms: `python -m
+runtime_tests.decoders`. Quality is on text that calibrated nothing.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from runtime_tests.frontier import pycode_lm
 _ARTIFACTS = {
     "llama-onnx": ["--target", "onnx-x64"],
     "llama-onnx-0.4ms": ["--target", "onnx-x64", "--max-latency", "0.4ms"],
+    "llama-onnx-int4-b32": ["--target", "onnx-x64", "--plan", "dense:int4-b32"],
     "llama-gguf": ["--target", "gguf"],
 }
 _BASELINES = ("int4", "int4-pruned", "q8_0", "q4_0", "q4_k_m")
