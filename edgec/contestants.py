@@ -29,7 +29,7 @@ FP32 = "fp32"
 
 _EXPORT_TIMEOUT_S = 3600
 _RANDOM = "random weights: speed only"
-_MAKERS = dict.fromkeys(("int4", "fp32"), " (genai builder)")
+_MAKERS = dict.fromkeys(("int4", "int8", "fp32"), " (genai builder)")
 
 
 @dataclass(frozen=True)

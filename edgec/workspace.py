@@ -201,12 +201,6 @@ class Workspace:
         """What plans are compared by."""
         return self.divergence(model, self.search_batches)
 
-    def divergence_on_second_text(self, model: transformers.PreTrainedModel) -> float:
-        """On text that neither calibrated nor compared plans: has a long search only learnt the text it was measured
-        on?
-        """
-        return self.divergence(model, self.second_batches)
-
     def accepted_loss(self, model: transformers.PreTrainedModel) -> float:
         """What `--max-loss` limits: 1 − mean cosine, or the relative increase of perplexity."""
         if self.pooling is not None:
@@ -216,7 +210,9 @@ class Workspace:
 
     @cached_property
     def second_batches(self) -> Batches:
-        """What has the last word on a long search."""
+        """Text that neither calibrated nor compared plans, which has the last word on a long search: has it only learnt
+        what it was measured on? Raises CalibrationError for too little.
+        """
         return self.batches("heal", SEARCH_TOKENS, minimum=limits.MIN_COMPARISON_TOKENS)
 
     def divergence(self, model: transformers.PreTrainedModel, batches: Batches) -> float:

@@ -41,6 +41,11 @@ FIGURES: Mapping[str, tuple[str, str]] = {
         "all-MiniLM-L6-v2 at fewer bits, healed and not",
         "python -m runtime_tests.frontier minilm --bits 4,3,2.5,2,1.5 --search greedy:30s --heal 150steps --peers gptq",
     ),
+    "frontier-minilm-peers": (
+        "all-MiniLM-L6-v2, every method at equal bits, nothing healed",
+        "python -m runtime_tests.frontier minilm --bits 5,4,3,2.5,2,1.5 --search greedy:30s --heal off "
+        "--peers rtn,gptq,svd_llm,tt,ggml",
+    ),
     "frontier-pycode-lm": (
         "A small Llama of Python source, every method at equal bits",
         "python -m runtime_tests.frontier pycode-lm --search greedy:40s --heal 100steps "
@@ -59,7 +64,7 @@ FIGURES: Mapping[str, tuple[str, str]] = {
     ),
     "ggml": (
         "Factored and dense GGUF files, random weights, against llama.cpp",
-        "python -m runtime_tests.ggml.figures --threads 2 --rounds 3",
+        "python -m runtime_tests.ggml.figures --threads 1 --threads 2 --rounds 3",
     ),
     "tensorly": ("One layer as a tensor train, beside TensorLy-Torch", "python -m runtime_tests.tensorly_layer"),
     "arm64": ("arm64 against x86-64", "python -m runtime_tests.arm64.figures"),

@@ -23,6 +23,7 @@ from edgec.bench.reads import Reads, reads_of
 from edgec.bench.sizes import artifact_bytes
 from edgec.bench.text import sentences
 from edgec.errors import BenchError, EdgecError, UsageError
+from edgec.gguf_header import is_gguf
 from edgec.records import Measurement, Spread
 from edgec.runtime.interfaces import CAUSAL_LM, ENCODER
 from edgec.runtime.options import RuntimeOptions, Spin
@@ -55,8 +56,8 @@ class Contestant:
 
     @property
     def is_gguf(self) -> bool:
-        """One .gguf file, or a folder with one."""
-        return self.folder.suffix == ".gguf" or any(self.folder.glob("*.gguf"))
+        """One GGUF file, or a folder with one."""
+        return is_gguf(self.folder) or any(self.folder.glob("*.gguf"))
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,7 @@ def check_names(contestants: Sequence[Contestant]) -> None:
     """Rows are told apart by name. Raises UsageError."""
     names = [c.name for c in contestants]
     if not names or len(set(names)) != len(names):
-        raise UsageError(f"a bench needs contestants with different names, got {names}")
+        raise UsageError(f"a bench needs contestants with different names, got {names}; rename a folder or file")
 
 
 def _row(contestant: Contestant, settings: BenchSettings, device: Device) -> _Row:
@@ -173,10 +174,10 @@ def _job(contestant: Contestant, settings: BenchSettings, device: Device) -> Job
     task = contestant.resolved_task()
     if task not in (ENCODER, CAUSAL_LM):
         raise UsageError(f"{contestant.name}: the task {task!r} cannot be measured; expected {ENCODER} or {CAUSAL_LM}")
-    if not (contestant.folder.is_dir() or (contestant.is_gguf and contestant.folder.is_file())):
+    if not (contestant.folder.is_dir() or is_gguf(contestant.folder)):
         raise BenchError(f"{contestant.name}: {contestant.folder} is neither a folder nor a .gguf file")
     return Job(
-        folder=str(contestant.folder.resolve()),
+        folder=str(contestant.folder.absolute()),
         task=task,
         threads=settings.threads or device.threads(),
         spin=settings.spin,
@@ -285,10 +286,12 @@ def _spread_notes(metrics: Mapping[str, Spread], bound: float) -> list[str]:
     """A note for every timed metric whose quartiles lie too far apart to compare it, or for want of quartiles."""
     timed = {name: metrics[name] for name in ("load_s", *METRICS) if name in metrics and name not in TAILS}
     if timed and all(found.n == 1 for found in timed.values()):
-        return ["one round: no spread is known"]
+        return ["one measurement: no spread is known"]
     notes = []
     for name, found in timed.items():
-        if (found.high - found.low) / found.value > bound:
+        if found.n == 1:
+            notes.append(f"{name}: one value, no spread is known")
+        elif (found.high - found.low) / found.value > bound:
             share = 100 * (found.high - found.low) / found.value
             notes.append(f"unsettled: {name} spreads over {share:.0f} % of its median (bound {100 * bound:.0f} %)")
     return notes

@@ -29,7 +29,9 @@ from edgec.errors import UsageError
 
 @app.command("eval")
 def evaluate(
-    artifact: Annotated[Path, typer.Argument(help="folder made by `edgec export`", show_default=False)],
+    artifact: Annotated[
+        Path, typer.Argument(help="folder made by `edgec export`, or a .gguf file", show_default=False)
+    ],
     model: Annotated[Path, typer.Option("--model", "-m", help="the dense checkpoint to compare with")],
     sts: Annotated[
         Path | None, typer.Option(help="STS-Benchmark file: adds Spearman with its bootstrap interval")
@@ -80,6 +82,8 @@ def run(
     if not texts:
         raise UsageError("nothing to run: give a prompt or sentences, or pipe lines in")
     loaded: Any = open_artifact(artifact, RuntimeOptions(threads=threads, kv_cache=kv_cache))
+    if loaded.task != CAUSAL_LM and sample:
+        raise UsageError(f"{artifact} holds a model for {loaded.task}: --sample is for causal LMs")
     if loaded.task != CAUSAL_LM:
         vectors = loaded.embed(texts)
         if as_json:

@@ -11,6 +11,7 @@ import transformers
 from numpy.typing import NDArray
 
 from edgec.calibration import Batches
+from edgec.errors import CheckpointError
 
 Logits = Callable[[NDArray[np.int64]], NDArray[np.float32]]
 """Token ids int64 [B, T] → logits float32 [B, T, V]."""
@@ -45,7 +46,10 @@ def torch_logits(model: transformers.PreTrainedModel) -> Logits:
 
 
 def compare(dense: Logits, other: Logits, batches: Batches, seed: int = 0) -> LanguageQuality:
-    """Both models over the same windows. A non-finite logit anywhere makes the KL NaN, which every gate refuses."""
+    """Both models over the same windows. A non-finite logit anywhere makes the KL NaN, which every gate refuses.
+
+    Raises CheckpointError for models of different vocabularies.
+    """
     kls: list[float] = []
     sizes: list[int] = []
     nll = dense_nll = 0.0
@@ -54,6 +58,11 @@ def compare(dense: Logits, other: Logits, batches: Batches, seed: int = 0) -> La
         ids = batch["input_ids"]
         p = torch.from_numpy(dense(ids.numpy())).log_softmax(-1)
         q = torch.from_numpy(other(ids.numpy())).log_softmax(-1)
+        if p.shape != q.shape:
+            raise CheckpointError(
+                f"logits of {q.shape[-1]} tokens, where the dense model has {p.shape[-1]}: another vocabulary cannot "
+                "be compared token by token"
+            )
         mask = batch["attention_mask"].bool()
         divergence = (p.exp() * (p - q)).sum(-1)
         same = p.argmax(-1) == q.argmax(-1)

@@ -67,6 +67,7 @@ class Goal:
 def make_profile(workspace: Workspace, targets: list[Target], progress: Progress = silent) -> Profile:
     """Raises EdgecError where memory cannot hold what a profile measures of all layers at once."""
     require_text(workspace)
+    model = workspace.model  # loaded before it is asked how much memory is left
     _require_memory(workspace)
 
     def offered(layer: Layer, incompressible: bool) -> list[tuple[Any, Any]]:
@@ -74,7 +75,7 @@ def make_profile(workspace: Workspace, targets: list[Target], progress: Progress
         return candidates(targets, layer.role, layer.shape, incompressible=incompressible, tied=tied)
 
     made = build_profile(
-        workspace.model,
+        model,
         workspace.checkpoint,
         workspace.layers,
         workspace.calibration_batches,
@@ -89,7 +90,6 @@ def make_profile(workspace: Workspace, targets: list[Target], progress: Progress
 
 
 def _require_memory(workspace: Workspace) -> None:
-    assert workspace.model is not None  # loaded, and so not among what is still needed
     need = bytes_needed(workspace.layers, pooled=workspace.pooling is not None)
     have = psutil.virtual_memory().available
     if need > have:
@@ -131,8 +131,8 @@ def search_plan(
     assert goal.budget is not None
     confirm = None
     if goal.search.method == "anneal":
-        assert workspace.second_batches.items  # too little text ends here, not after the search
-        confirm = evaluator(workspace, found, workspace.divergence_on_second_text)
+        second = workspace.second_batches  # too little text ends here, not after the search
+        confirm = evaluator(workspace, found, lambda model: workspace.divergence(model, second))
     return plan_to_budget(
         found, target, goal.budget, sizes, loss, goal.search, confirm=confirm, pace=goal.pace, progress=told
     )

@@ -28,7 +28,7 @@ Evaluate = Callable[[list[Choice]], float]
 """Measured end-to-end loss of the choices applied to the model, on text that did not calibrate."""
 
 Progress = Callable[[int, int, float], None]
-"""(evaluations done, allowed, least loss so far)."""
+"""(how much of the search is over, all of it, both in plans; least loss so far)."""
 
 METHODS = ("greedy", "none", "anneal")
 

@@ -39,6 +39,10 @@ MAX_CURVATURE = 4096
 """Widest output whose full curvature matrix is kept [features]; wider ones (vocabularies) keep the diagonal."""
 
 
+_UNSHARED = 1.25
+"""What layers of one width that read different inputs (an attention's output projection) add to `bytes_needed`."""
+
+
 @dataclass(frozen=True, eq=False)
 class Statistics:
     """What flowed through every layer.
@@ -256,13 +260,14 @@ def collect(
 
 
 def bytes_needed(layers: Sequence[Layer], *, pooled: bool) -> int:
-    """About what `collect` holds at once beside the model: sums in float64, of every width once in each module. pooled:
-    of an encoder, whose tokens and sentences have their own.
+    """About what `collect` holds at once beside the model, rather more than less: sums in float64, of every width once
+    in each module. pooled: of an encoder, whose tokens and sentences have their own.
     """
-    widths = {(layer.name.rpartition(".")[0], layer.shape[1]) for layer in layers if layer.role == "linear"}
-    outputs = [layer.shape[0] for layer in layers if layer.role == "linear"]
+    matrices = [layer for layer in layers if layer.role != "embedding"]
+    widths = {(layer.name.rpartition(".")[0], layer.shape[1]) for layer in matrices}
+    outputs = [layer.shape[0] for layer in matrices]
     numbers = sum(k * k for _, k in widths) + sum(n * n if n <= MAX_CURVATURE else n for n in outputs)
-    return 8 * numbers * (2 if pooled else 1)
+    return round(_UNSHARED * 8 * numbers * (2 if pooled else 1))
 
 
 def _output(model: transformers.PreTrainedModel, batch: dict[str, Tensor], pooling: Pooling | None) -> Tensor:

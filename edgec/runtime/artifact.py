@@ -7,6 +7,7 @@ from typing import Protocol, cast
 
 from edgec import plugins
 from edgec.errors import CheckpointError
+from edgec.gguf_header import is_gguf
 from edgec.runtime.interfaces import CausalLM, Encoder
 from edgec.runtime.options import RuntimeOptions
 
@@ -26,7 +27,7 @@ def open_artifact(folder: Path | str, options: RuntimeOptions | None = None) -> 
 
 def find_loader(folder: Path) -> Loader:
     """The loader that claims `folder`, or a .gguf file. Raises CheckpointError when none, or more than one, does."""
-    if not (folder.is_dir() or (folder.is_file() and folder.suffix == ".gguf")):
+    if not (folder.is_dir() or is_gguf(folder)):
         raise CheckpointError(f"{folder} is not a folder; give one that `edgec export -o` wrote, or a .gguf file")
     claimants = [name for name in plugins.names("edgec.runtime") if _loader(name).claims(folder)]
     if not claimants:

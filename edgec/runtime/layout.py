@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from edgec import limits
 from edgec.errors import CheckpointError
-from edgec.gguf_header import read_header
+from edgec.gguf_header import is_gguf, read_header
+
+FORMAT_KEY = "edgec.format"
+"""Metadata key of factored GGUF files: the version of their layout."""
 
 FIRST_LOGITS = "edgec.first_logits"
 """Input with a default of the decoder graphs that edgec exports, int64 [1]: the first position whose logits are
@@ -37,10 +41,14 @@ def optional_json(path: Path) -> dict[str, Any]:
 
 
 def gguf_file(path: Path, *, factored: bool) -> bool:
-    """Is this one .gguf file instead of a folder, and one of edgec's factored ones or not? Raises CheckpointError."""
-    from edgec.runtime.ggml.program import FORMAT_KEY
+    """Is this one GGUF file instead of a folder, and one of edgec's factored ones or not? Raises CheckpointError."""
+    return is_gguf(path) and _is_factored(path, path.stat().st_mtime_ns) == factored
 
-    return path.suffix == ".gguf" and path.is_file() and (FORMAT_KEY in read_header(path).metadata) == factored
+
+@lru_cache(maxsize=8)
+def _is_factored(path: Path, changed: int) -> bool:
+    """Remembered, because every loader asks, and a vocabulary takes a while to read."""
+    return FORMAT_KEY in read_header(path).metadata
 
 
 def inside(folder: Path, name: Any, source: Path) -> Path:

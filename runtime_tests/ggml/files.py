@@ -18,7 +18,8 @@ from edgec.fit import contraction_of
 from edgec.plan.candidates import uniform
 from edgec.quantize.ggml_formats import row_bytes
 from edgec.runtime.ggml.bundles import file_order
-from edgec.runtime.ggml.program import FORMAT, FORMAT_KEY, PROGRAMS_KEY, ROTATION_KEY, Program, encode
+from edgec.runtime.ggml.program import FORMAT, PROGRAMS_KEY, ROTATION_KEY, Program, encode
+from edgec.runtime.layout import FORMAT_KEY
 
 SIZES = {"tiny": "llama-tiny", "300m": "llama-300m", "1b": "llama-3.2-1b"}
 _BLOCK = 32

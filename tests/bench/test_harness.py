@@ -6,6 +6,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import artifacts_for_tests as artifacts
@@ -113,6 +114,16 @@ def test_a_worker_that_dies_after_its_samples_leaves_an_incomplete_row(
     assert b.metrics["items_s"].n == 3 and b.metrics["peak_rss_bytes"].n == 3
 
 
+def test_what_has_no_spread_says_so(contestants: list[Contestant]) -> None:
+    """Of one round as a whole, and of a figure that only one of several processes gave."""
+    device = ScriptedDevice({"a": constant(script(10.0))})
+    (row,) = run_bench(contestants[:1], replace(QUICK, rounds=1), device=device)
+    assert "one measurement: no spread is known" in row.notes
+    device = ScriptedDevice({"a": lambda run: script(10.0) if run == 0 else "import sys; sys.exit('gone')"})
+    (row,) = run_bench(contestants[:1], QUICK, device=device)
+    assert row.metrics["items_s"].n == 1 and "one measurement: no spread is known" in row.notes
+
+
 def test_one_failed_round_does_not_end_a_contestant(contestants: list[Contestant]) -> None:
     device = ScriptedDevice({"a": lambda run: "import sys; sys.exit('bad luck')" if run == 1 else script(10.0)})
     (row,) = run_bench(contestants[:1], QUICK, device=device)
@@ -168,7 +179,7 @@ def test_settings_that_make_no_sense_are_refused(bad: dict[str, float]) -> None:
 
 
 def test_a_missing_folder_or_an_unknown_task_is_refused_before_any_run(tmp_path: Path, encoder_folder: Path) -> None:
-    with pytest.raises(BenchError, match="not a folder"):
+    with pytest.raises(BenchError, match="neither a folder nor a .gguf file"):
         run_bench([Contestant("x", tmp_path / "gone")], QUICK)
     with pytest.raises(UsageError, match="cannot be measured"):
         run_bench([Contestant("x", encoder_folder, task="vision")], QUICK)

@@ -11,7 +11,7 @@ import torch
 from scipy.stats import spearmanr
 
 from edgec.calibration import Batches, pad
-from edgec.errors import UsageError
+from edgec.errors import CheckpointError, UsageError
 from edgec.evaluate.embeddings import (
     Pairs,
     cosine,
@@ -65,6 +65,12 @@ def test_a_model_elsewhere_gets_its_inputs_there() -> None:
 
     decoder: Any = Decoder()
     assert torch_logits(decoder)(np.array([[1, 2, 3]])).shape == (1, 3, 4)
+
+
+def test_another_vocabulary_is_refused() -> None:
+    batches = Batches("text", (pad([[1, 2, 3]]),))
+    with pytest.raises(CheckpointError, match="logits of 9 tokens, where the dense model has 7: another vocabulary"):
+        compare(lambda ids: np.zeros((*ids.shape, 7)), lambda ids: np.zeros((*ids.shape, 9)), batches)
 
 
 def test_sentences_come_back_in_their_order() -> None:

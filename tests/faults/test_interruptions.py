@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -122,7 +123,8 @@ def test_a_killed_healing_goes_on_where_it_was(
     assert finish(process).code == -signal.SIGKILL
     assert invoke(capsys, *words("1steps")).code == 0
     manifest = json.loads((room / "out" / "edgec.json").read_text(encoding="utf-8"))
-    assert "resumed at step 2" in manifest["healing"]["note"], manifest["healing"]
+    resumed = re.search(r"resumed at step (\d+)", manifest["healing"]["note"])
+    assert resumed and int(resumed[1]) >= 200, manifest["healing"]
     assert [path.name for path in room.iterdir()] == ["out"]
 
 

@@ -55,6 +55,24 @@ def test_the_list_of_the_decision(name: str, family: str, verdict: str) -> None:
     assert (family in formats(hardware.get(name))) == (verdict == DEFAULT)
 
 
+@pytest.mark.parametrize(
+    ("target", "machine", "elsewhere"),
+    [
+        ("onnx-x64", "AMD EPYC Linux 6.1 (x86_64)", False),
+        ("onnx-x64", "Windows 11 (AMD64)", False),
+        ("onnx-x64", "aarch64 Linux 6.1", True),
+        ("onnx-arm64", "Apple M2 Darwin 24 (arm64)", False),
+        ("onnx-arm64", "x86_64 Linux", True),
+        ("onnx-arm64", "armv7l Linux", False),
+        ("gguf", "x86_64 Linux", False),
+        ("", "x86_64 Linux", False),
+    ],
+)
+def test_targets_of_other_processors_are_noticed(target: str, machine: str, elsewhere: bool) -> None:
+    """Of a machine that names none of the known kinds nothing is said."""
+    assert hardware.misplaced(target, machine) == elsewhere
+
+
 def test_blocks_count_where_kernels_have_them() -> None:
     x64, arm64, ada = (hardware.get(n) for n in ("x86-64-avx2", "arm64-dotprod", "nvidia-ada"))
     assert executes(x64, "int2-b64")

@@ -129,12 +129,12 @@ def test_layers_that_read_one_tensor_share_one_array() -> None:
 def test_memory_is_foretold(lm_source: Path, encoder_source: Path) -> None:
     for source, pooled in ((lm_source, False), (encoder_source, True)):
         workspace = Workspace(source)
-        linears = [layer for layer in workspace.layers if layer.role == "linear"]
+        linears = [layer for layer in workspace.layers if layer.role != "embedding"]
         found = collect(workspace.model, linears, workspace.calibration_batches, pooling=workspace.pooling)
         kept = (found.second_moments, found.curvatures, found.mean_moments, found.mean_curvatures)
         arrays = {id(array): array for mapping in kept for array in mapping.values()}
         held = 2 * sum(array.nbytes for array in arrays.values())  # float64 while they are summed
-        assert 0.75 * held < bytes_needed(linears, pooled=pooled) <= held
+        assert held <= bytes_needed(linears, pooled=pooled) < 1.5 * held
 
 
 def test_curvature_is_the_fisher_matrix_of_the_logits() -> None:

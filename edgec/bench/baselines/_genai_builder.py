@@ -9,8 +9,8 @@ from pathlib import Path
 
 MODULE = "onnxruntime_genai.models.builder"
 
-INT4 = {"block_size": 32, "accuracy_level": 4}
-"""What every int4 baseline asks for beside the precision."""
+BLOCKS_OF_32 = {"block_size": 32, "accuracy_level": 4}
+"""What every low-bit baseline asks for beside the precision."""
 
 
 def build(source: Path, out: Path, precision: str, **options: str | int) -> None:

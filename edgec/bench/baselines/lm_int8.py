@@ -14,4 +14,4 @@ SOURCE = CHECKPOINT
 
 
 def build(source: Path, out: Path) -> None:
-    _genai_builder.build(source, out, "int8", **_genai_builder.INT4)
+    _genai_builder.build(source, out, "int8", **_genai_builder.BLOCKS_OF_32)

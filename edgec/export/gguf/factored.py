@@ -28,7 +28,6 @@ from edgec.runtime.ggml.bundles import file_order
 from edgec.runtime.ggml.model import GgmlModel
 from edgec.runtime.ggml.program import (
     FORMAT,
-    FORMAT_KEY,
     PROGRAMS_KEY,
     ROTATION_KEY,
     SELFTEST_IDS,
@@ -37,6 +36,7 @@ from edgec.runtime.ggml.program import (
     Program,
     encode,
 )
+from edgec.runtime.layout import FORMAT_KEY
 from edgec.runtime.options import RuntimeOptions
 
 Progress = Callable[[int, int], None]

@@ -173,7 +173,7 @@ def lower(graph: DenseGraph, factors: Mapping[str, Factors], *, accuracy_level: 
         if node is None:
             raise ExportError(f"lowering: layer {name!r} is in the plan, but no node of the graph computes it")
         _replace(model, node, name, fitted, accuracy_level, shared, products)
-    _drop_unused(model)
+    drop_unused(model)
     if products is not None:
         model.sort()  # what products share was put before the first of them in the plan's order
     if graph.model.opset_imports.get(MICROSOFT) is None:
@@ -214,7 +214,7 @@ def _leading(x: ir.Value, lookup: bool, name: str) -> int:
     return 2
 
 
-def _drop_unused(model: ir.Graph) -> None:
+def drop_unused(model: ir.Graph) -> None:
     """Remove nodes and initializers that nothing reads any more (a dense weight behind its Transpose, say)."""
     outputs = {id(v) for v in model.outputs}
     changed = True

@@ -11,6 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from edgec.export.onnx.graph import MICROSOFT
+from edgec.export.onnx.lowering import drop_unused
 
 _SAME = ("K", "bits", "block_size", "accuracy_level")
 
@@ -24,6 +25,7 @@ def pack_projections(model: ir.Model) -> int:
         if len(found) == 3 and _alike(found):
             _pack(model.graph, attention, found)
             packed += 1
+    drop_unused(model.graph)
     return packed
 
 
@@ -45,13 +47,13 @@ def _stored(value: ir.Value | None) -> ir.Value:
     """The constant that an operand is, or is cast from."""
     assert value is not None
     cast = value.producer()
-    found = value if cast is None else cast.inputs[0]
+    found = cast.inputs[0] if cast is not None and cast.op_type == "Cast" else value
     assert found is not None
     return found
 
 
 def _pack(graph: ir.Graph, attention: ir.Node, products: list[ir.Node]) -> None:
-    first, old = products[0], [value for node in products for value in node.inputs[1:]]
+    first = products[0]
     operands, added = [first.inputs[0]], []
     for place in range(1, len(first.inputs)):
         parts = [_stored(node.inputs[place]) for node in products]
@@ -74,8 +76,3 @@ def _pack(graph: ir.Graph, attention: ir.Node, products: list[ir.Node]) -> None:
     attention.replace_input_with(0, product.outputs[0])
     for place in (1, 2):
         attention.replace_input_with(place, None)
-    casts = [value.producer() for value in old if value is not None]
-    graph.remove(products, safe=True)
-    graph.remove([node for node in casts if node is not None], safe=True)
-    for name in [name for name, value in graph.initializers.items() if not value.uses()]:
-        del graph.initializers[name]

@@ -160,9 +160,9 @@ class Library:
 @cache
 def library() -> Library:
     """The functions, bound on first use. Raises RuntimeUnavailableError."""
-    folder = Path(import_llama_cpp().__file__).parent / "lib"
     if sys.platform == "win32":  # weights are read and mapped by calls that Windows does not have
         raise RuntimeUnavailableError("edgec's ggml runtime does not run on Windows; export with --target gguf instead")
+    folder = Path(import_llama_cpp().__file__).parent / "lib"
     names = ["libllama.so", "libllama.dylib"]
     found = [folder / name for name in names if (folder / name).is_file()]
     if not found:

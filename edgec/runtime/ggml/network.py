@@ -17,8 +17,9 @@ from edgec.runtime.ggml.bundles import Bundle, bundles
 from edgec.runtime.ggml.config import Config, read_config
 from edgec.runtime.ggml.library import BF16, F16, F32, ROPE_HALVES
 from edgec.runtime.ggml.ops import node_count
-from edgec.runtime.ggml.program import FORMAT, FORMAT_KEY, PROGRAMS_KEY, ROTATION_KEY, Program, decode
+from edgec.runtime.ggml.program import FORMAT, PROGRAMS_KEY, ROTATION_KEY, Program, decode
 from edgec.runtime.ggml.weights import Use
+from edgec.runtime.layout import FORMAT_KEY
 
 TABLE, HEAD = "token_embd", "output"
 ROPE_FREQS = "rope_freqs.weight"

@@ -29,8 +29,8 @@ from edgec.contraction import (
 from edgec.errors import CheckpointError, PlanError
 
 FORMAT = 1
-"""Version of the layout of files, metadata `edgec.format`."""
-FORMAT_KEY, PROGRAMS_KEY, ROTATION_KEY = "edgec.format", "edgec.programs", "edgec.rope.layout"
+"""Version of the layout of files, metadata `FORMAT_KEY`."""
+PROGRAMS_KEY, ROTATION_KEY = "edgec.programs", "edgec.rope.layout"
 SELFTEST_IDS, SELFTEST_TOKENS, SELFTEST_LOGITS = (
     "edgec.selftest.ids",
     "edgec.selftest.tokens",
