@@ -37,7 +37,7 @@ def started(folder: Path, text: Path, plan: str) -> tuple[Workspace, Plan, Stati
 
 def divergence(workspace: Workspace, factors: Mapping[str, Factors]) -> float:
     with workspace.substituted(factors) as model:
-        return workspace.divergence_on_second_text(model)
+        return workspace.divergence(model, workspace.second_batches)
 
 
 @pytest.mark.parametrize("source", ["encoder_source", "lm_source"])
