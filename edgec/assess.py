@@ -17,7 +17,6 @@ from edgec.bench.harness import BenchSettings, Contestant, check_names, run_benc
 from edgec.bench.jobs import PEER_FILE
 from edgec.bench.worker import loader_of
 from edgec.calibration import DECODER_LENGTH
-from edgec.checkpoint import read_json
 from edgec.contestants import ExportCost, ShapeRequest, of_shape, peers, smaller
 from edgec.errors import CheckpointError, UsageError
 from edgec.evaluate.embeddings import (
@@ -30,9 +29,10 @@ from edgec.evaluate.embeddings import (
 )
 from edgec.evaluate.per_byte import bits_per_byte, pieces
 from edgec.export import verify
+from edgec.inspection import manifest_of
 from edgec.modeling import ENCODER_TASK
 from edgec.plan import hardware
-from edgec.records import MANIFEST_NAME, Measurement
+from edgec.records import Measurement
 from edgec.runtime.artifact import open_artifact
 from edgec.runtime.options import RuntimeOptions
 from edgec.runtime.ort_encoder import OrtEncoder
@@ -77,18 +77,12 @@ def evaluate(
 
 def _require_same_model(artifact: Path, workspace: Workspace) -> None:
     """A divergence from another model than the one compressed means nothing. Raises CheckpointError."""
-    made_from = _manifest(artifact).get("fingerprint")
+    made_from = manifest_of(artifact).get("fingerprint")
     if made_from is not None and made_from != workspace.checkpoint.fingerprint:
         raise CheckpointError(
             f"{artifact} was made from {str(made_from)[:19]}…, {workspace.folder} is "
             f"{workspace.checkpoint.fingerprint[:19]}…; give the model that it was exported from"
         )
-
-
-def _manifest(artifact: Path) -> dict[str, Any]:
-    """Empty for a folder that edgec did not write."""
-    found = read_json(artifact / MANIFEST_NAME) if (artifact / MANIFEST_NAME).is_file() else {}
-    return found if isinstance(found, dict) else {}
 
 
 def _sts_quality(workspace: Workspace, artifact: Path, pairs: Pairs) -> dict[str, float]:
@@ -139,7 +133,7 @@ def bench(request: BenchRequest, progress: pipeline.Progress, device: Device | N
 
 def _entrants(path: Path, kv_caches: Sequence[str], machine: str) -> list[Contestant]:
     """An artifact, once per type of KV cache where its runtime lets one choose. machine: what measures it."""
-    target = str(_manifest(path).get("target", ""))
+    target = str(manifest_of(path).get("target", ""))
     notes: tuple[str, ...] = ()
     if hardware.misplaced(target, machine):
         notes = (f"exported for {target}, measured on another kind of processor",)

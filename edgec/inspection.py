@@ -127,6 +127,12 @@ def healing_curve_of(path: Path) -> tuple[tuple[float, int, float], ...]:
         raise CheckpointError(f"{path / MANIFEST_NAME}: the healing is damaged ({error!r})") from error
 
 
+def manifest_of(artifact: Path) -> dict[str, Any]:
+    """What edgec wrote of an artifact; empty for what edgec did not write. Raises CheckpointError for no JSON."""
+    found = read_json(artifact / MANIFEST_NAME) if (artifact / MANIFEST_NAME).is_file() else {}
+    return found if isinstance(found, dict) else {}
+
+
 def _manifest(path: Path) -> dict[str, Any]:
     manifest = read_json(path / MANIFEST_NAME)
     if not isinstance(manifest, dict):

@@ -17,11 +17,10 @@ import torch
 from numpy.typing import NDArray
 
 from edgec.calibration import json_lines, read_utf8
-from edgec.checkpoint import read_json
 from edgec.errors import CalibrationError, CheckpointError, UsageError
 from edgec.evaluate.embeddings import cosine, torch_embedder
 from edgec.evaluate.language import torch_logits
-from edgec.records import MANIFEST_NAME
+from edgec.inspection import manifest_of
 from edgec.runtime import open_artifact
 from edgec.runtime.interfaces import CAUSAL_LM, CausalLM, Encoder
 from edgec.workspace import Workspace
@@ -143,8 +142,7 @@ def shadow(
 
 
 def _require_same_model(artifact: Path, workspace: Workspace) -> None:
-    manifest = read_json(artifact / MANIFEST_NAME) if (artifact / MANIFEST_NAME).is_file() else {}
-    made_from = manifest.get("fingerprint") if isinstance(manifest, dict) else None
+    made_from = manifest_of(artifact).get("fingerprint")
     if made_from is not None and made_from != workspace.checkpoint.fingerprint:
         raise CheckpointError(f"{artifact} was made from another model than {workspace.folder}; give that one")
 

@@ -206,7 +206,7 @@ class Workspace:
         if self.pooling is not None:
             return self.divergence_on_search(model)
         found = self.language_quality(torch_logits(model), self.search_batches)
-        return found.perplexity / found.dense_perplexity - 1.0
+        return found.perplexity_ratio - 1.0
 
     @cached_property
     def second_batches(self) -> Batches:

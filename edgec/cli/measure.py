@@ -82,9 +82,9 @@ def run(
     if not texts:
         raise UsageError("nothing to run: give a prompt or sentences, or pipe lines in")
     loaded: Any = open_artifact(artifact, RuntimeOptions(threads=threads, kv_cache=kv_cache))
-    if loaded.task != CAUSAL_LM and sample:
-        raise UsageError(f"{artifact} holds a model for {loaded.task}: --sample is for causal LMs")
     if loaded.task != CAUSAL_LM:
+        if sample:
+            raise UsageError(f"{artifact} holds a model for {loaded.task}: --sample is for causal LMs")
         vectors = loaded.embed(texts)
         if as_json:
             print(json.dumps({"embeddings": vectors.tolist()}))

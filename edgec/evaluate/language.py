@@ -32,6 +32,11 @@ class LanguageQuality:
     top1: float
     tokens: int
 
+    @property
+    def perplexity_ratio(self) -> float:
+        """1 where the other model predicts as well as the dense one."""
+        return self.perplexity / self.dense_perplexity
+
 
 def torch_logits(model: transformers.PreTrainedModel) -> Logits:
     """Of a model on any device: it may be healing on a GPU."""

@@ -47,9 +47,9 @@ from edgec.workspace import Workspace
 logger = logging.getLogger(__name__)
 
 _REPLANS = 4
+"""How often a plan is made again with a better estimate of what ships beside it, or of what its runtime loses."""
 _TIGHTER = 0.97
 """Share of what is left of a line that the next plan may lose: its rounding may be a little more."""
-"""How often a plan is made again with a better estimate of what ships beside it."""
 _HEAT_SHARE = 0.12
 """Share of the healing that each finalist gets before the best goes on alone."""
 _FINALISTS = 3
@@ -128,15 +128,18 @@ class _Export:
         product, rivals = self._within_budget(goal, found, sizes, evaluate, draft)
         if goal.line is None:
             return self._healed(product, found, rivals, goal.budget)
-        product = self._within_line(
+        product, lost = self._within_line(
             product, goal, goal.line, lambda tighter: self._within_budget(tighter, found, sizes, evaluate)[0]
         )
         healed = self._healed(product, found, rivals)
-        if (lost := shipped_loss(workspace, self.stage)) > goal.line.value:  # healing is judged in floats
-            logger.warning("healed, the written files lose %.3g, more than %s; they ship as they were", lost, goal)
-            healed = self._written(product.plan, product.factors, product.source)
-            lost = shipped_loss(workspace, self.stage)
-        return replace(healed, plan=_noted(healed.plan, f"the written files lose {lost:.3g}"))
+        if healed is not product:  # healing is judged in floats
+            after = shipped_loss(workspace, self.stage)
+            if after <= goal.line.value:
+                product, lost = healed, after
+            else:
+                logger.warning("healed, the written files lose %.3g, more than %s; they ship as they were", after, goal)
+                product = self._written(product.plan, product.factors, product.source)
+        return replace(product, plan=_noted(product.plan, f"the written files lose {lost:.3g}"))
 
     def _within_budget(
         self, goal: Goal, found: Profile, sizes: Sizes, evaluate: Evaluate, draft: Any = None
@@ -161,16 +164,18 @@ class _Export:
             f"budget {goal}: no plan fits after {_REPLANS} tries; the last was {over:.0f} bytes over. Raise --budget"
         )
 
-    def _within_line(self, product: Product, goal: Goal, line: Line, made: Callable[[Goal], Product]) -> Product:
-        """A product whose files, run by their own runtime, lose no more than the line: plans are compared in floats,
-        and a runtime that rounds activations loses more. Raises BudgetError.
+    def _within_line(
+        self, product: Product, goal: Goal, line: Line, made: Callable[[Goal], Product]
+    ) -> tuple[Product, float]:
+        """A product whose files, run by their own runtime, lose no more than the line, and what they lose: plans are
+        compared in floats, and a runtime that rounds activations loses more. Raises BudgetError.
         """
         int8 = self.target.multiplies_in_int8(encoder=self.workspace.task != DECODER_TASK)
         packed = " or take --arithmetic packed" if int8 else ""
         aim = line.value
         for tries in range(_REPLANS + 1):
             if (lost := shipped_loss(self.workspace, self.stage)) <= line.value:
-                return product
+                return product, lost
             rounding = lost - self.workspace.loss_with(product.factors, self.workspace.accepted_loss)
             problem = f"{goal}: rounding in the runtime costs {rounding:.3g}, and no plan loses the rest or less"
             aim = _TIGHTER * min(aim, line.value - rounding)

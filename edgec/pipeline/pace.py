@@ -25,7 +25,7 @@ _TIME = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s)")
 
 
 def parse_latency(text: str) -> float:
-    """ "5ms" → 5.0 [ms]. Raises UsageError."""
+    """"5ms" → 5.0 [ms]. Raises UsageError."""
     match = _TIME.fullmatch(text.strip().lower())
     value = float(match[1]) * (1000 if match[2] == "s" else 1) if match else 0.0
     if not value > 0:

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from edgec._version import __version__
+from edgec.calibration import Batches
 from edgec.checkpoint import Checkpoint
 from edgec.compress import store
+from edgec.evaluate.language import LanguageQuality
 from edgec.export import verify
 from edgec.export.artifacts import ArtifactKind, Written, kind_of
 from edgec.fit import Factors
@@ -20,7 +22,7 @@ from edgec.modeling import DECODER_TASK
 from edgec.pipeline.stages import Progress
 from edgec.records import MANIFEST_VERSION, Plan, Target, as_dict
 from edgec.runtime.ort_encoder import OrtEncoder
-from edgec.workspace import Workspace
+from edgec.workspace import EncoderQuality, Workspace
 
 
 @dataclass(frozen=True)
@@ -91,12 +93,8 @@ def verified_manifest(
 
 def shipped_loss(workspace: Workspace, artifact: Path) -> float:
     """What `--max-loss` limits, of written files, by their runtime, on the text that plans are compared on."""
-    batches = workspace.search_batches
-    if workspace.task == DECODER_TASK:
-        decoder = verify.decoder_of(artifact)
-        found = workspace.language_quality(lambda ids: verify.stacked_logits(decoder, ids), batches)
-        return found.perplexity / found.dense_perplexity - 1.0
-    return 1.0 - workspace.encoder_quality(verify.stacked_embeddings(OrtEncoder(artifact), batches), batches).cosine
+    found = _quality_on(workspace.search_batches, workspace, artifact)
+    return found.perplexity_ratio - 1.0 if isinstance(found, LanguageQuality) else 1.0 - found.cosine
 
 
 def measure_quality(workspace: Workspace, artifact: Path, opened: Any = None) -> dict[str, Any]:
@@ -105,13 +103,19 @@ def measure_quality(workspace: Workspace, artifact: Path, opened: Any = None) ->
     opened: the folder as something else has loaded it, with the methods that are asked here.
     """
     batches = workspace.report_batches
+    found = _quality_on(batches, workspace, artifact, opened)
+    ratio = {"perplexity_ratio": found.perplexity_ratio} if isinstance(found, LanguageQuality) else {}
+    return {**asdict(found), **ratio, "text": batches.origin}
+
+
+def _quality_on(
+    batches: Batches, workspace: Workspace, artifact: Path, opened: Any = None
+) -> LanguageQuality | EncoderQuality:
     if workspace.task == DECODER_TASK:
         decoder = opened or verify.decoder_of(artifact)
-        found = workspace.language_quality(lambda ids: verify.stacked_logits(decoder, ids), batches)
-        return {**asdict(found), "perplexity_ratio": found.perplexity / found.dense_perplexity, "text": batches.origin}
-    encoder = opened or OrtEncoder(artifact)
-    vectors = verify.stacked_embeddings(encoder, batches)
-    return {**asdict(workspace.encoder_quality(vectors, batches)), "text": batches.origin}
+        return workspace.language_quality(lambda ids: verify.stacked_logits(decoder, ids), batches)
+    vectors = verify.stacked_embeddings(opened or OrtEncoder(artifact), batches)
+    return workspace.encoder_quality(vectors, batches)
 
 
 def _versions(kind: ArtifactKind) -> dict[str, str]:

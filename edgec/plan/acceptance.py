@@ -139,8 +139,7 @@ class _Descent:
             offer = self.offer.at(self.bytes * _STEP)
             corrected = offer.allocate(learn(groups, self.ledger.records))
             starts = [("corrected", corrected), ("allocated", offer.allocate())]
-            method = "greedy" if self.search.method == "anneal" else self.search.method  # nothing is annealed here
-            left = replace(self.search, method=method, evaluations=self.left, seconds=self._seconds_left())
+            left = replace(self.search, evaluations=self.left, seconds=self._seconds_left())
             found = refine(offer, starts, self.ledger, left, goal=self.line.value)
             if not self.take(found.choices, found.loss):
                 return

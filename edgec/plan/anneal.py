@@ -37,7 +37,7 @@ def anneal(
     progress: Progress | None = None,
 ) -> tuple[Found, str]:
     """(the better plan by `confirm`, a sentence on what happened). Measures at most `search.evaluations` more plans
-    for at most half of `search.seconds`; same seed, same plans, unless the time limit cuts them off.
+    for at most `search.seconds` more; same seed, same plans, unless the time limit cuts them off.
     """
     rng = random.Random(search.seed)  # noqa: S311 (a search, not a secret)
     corrections = learn(Groups.of_layers(list(offer.choices)), ledger.records)

@@ -63,6 +63,8 @@ def plan_to_budget(
     search = search or Search()
     if search.method == "anneal" and confirm is None:
         raise PlanError("an annealed plan is kept only if a second text confirms it; give `confirm`")
+    if search.method == "anneal" and search.seconds is not None:
+        search = replace(search, seconds=search.seconds / 2)  # one half refines, the other anneals
     ledger = Ledger(evaluate, _penalty(pace))
     found = refine(offer, _starts(offer, target), ledger, search, progress)
     notes = _search_notes(found, search)

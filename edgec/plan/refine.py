@@ -49,8 +49,8 @@ class Search:
     """How much measuring a plan is worth.
 
     method: "none" (the allocated plan against the uniform ones), "greedy" (refined), "anneal" (refined, then
-    simulated annealing). evaluations: plans measured by each of the two, rivals included. seconds: of both together, in
-    equal shares; no further plan is begun then, so such a run depends on the machine's speed. seed: of the annealing.
+    simulated annealing). evaluations: plans measured by each of the two, rivals included. seconds: no further plan is
+    begun after so long; such a run depends on the machine's speed. seed: of the annealing.
     """
 
     method: str = "greedy"
@@ -67,14 +67,13 @@ class Search:
             raise UsageError(f"search: a time limit of {self.seconds} seconds; expected a positive number")
 
     def share(self, plans: int, seconds: float) -> float:
-        """How much of the refinement, or of the annealing, is over after so many plans and seconds, 0 … 1."""
-        stages = 2 if self.method == "anneal" else 1
-        late = 0.0 if self.seconds is None else stages * seconds / self.seconds
+        """How much of the search is over after so many plans and seconds, 0 … 1."""
+        late = 0.0 if self.seconds is None else seconds / self.seconds
         return min(1.0, max(plans / self.evaluations, late))
 
 
 def parse_search(text: str, seed: int = 0) -> Search:
-    """ "none", "greedy", "anneal" or "anneal:10min" (also s). Raises UsageError."""
+    """"none", "greedy", "anneal" or "anneal:10min" (also s). Raises UsageError."""
     method, _, limit = text.partition(":")
     if not limit:
         return Search(method, seconds=_ANNEALING_S if method == "anneal" else None, seed=seed)

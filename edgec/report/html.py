@@ -206,7 +206,7 @@ def _missing(rows: Sequence[Measurement], plan: Plan | None) -> list[str]:
     if failed:
         result.append(f"Speed and memory of {', '.join(failed)}: every attempt failed (see the notes).")
     if rows:
-        result.append("Devices other than the one named above, any GPU among them; throttling over long runs.")
+        result.append("Devices other than the one named above, GPUs too; temperature and throttling over long runs.")
         result += _no_energy(rows)
         result.append("Loading from a cold disk: after the first round the files are in the page cache.")
     if plan and all(c.error is None for c in plan.choices):

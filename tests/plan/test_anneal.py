@@ -59,7 +59,7 @@ def test_a_time_limit_ends_it() -> None:
 
     ledger = Ledger(evaluate, clock=lambda: now)
     start = refine(OFFER, [("allocated", OFFER.allocate())], ledger, Search("none"))
-    anneal(OFFER, start, ledger, Search("anneal", evaluations=1000, seconds=13.0), MISLED)
+    anneal(OFFER, start, ledger, Search("anneal", evaluations=1000, seconds=6.5), MISLED)
     assert ledger.count <= 1 + 7
 
 
