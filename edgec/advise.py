@@ -21,10 +21,11 @@ import numpy as np
 import torch
 
 from edgec import modeling, pipeline
-from edgec.bench import kernels
+from edgec.bench import kernels, kernels_ggml
 from edgec.checkpoint import read_json
 from edgec.errors import CalibrationError, NumericsError, PlanError, UsageError
 from edgec.evaluate.language import torch_logits
+from edgec.export.gguf.stock import refuse_unsupported
 from edgec.export.onnx.stack import write_stack
 from edgec.export.targets import get_target, offered
 from edgec.modeling import DECODER_TASK, Layer
@@ -45,6 +46,9 @@ _LM_CONTEXT, _SENTENCE = 2048, 32
 
 _NODE_BYTES, _NODES_PER_BLOCK = 420, 40
 """First guess of the graph beside the tensors [bytes per node], as the exporter makes it before it writes the file."""
+
+_GGUF_CHUNK = 512
+"""Most tokens of a prompt that llama.cpp, and at most what edgec's runtime, reads at once [tokens]."""
 
 _ITEMS, _ITEM_CHARACTERS = 200, 400
 """Held-out text that causal LMs of different tokenizers are compared on: items, and characters of each."""
@@ -113,6 +117,8 @@ def advise(request: AdviceRequest, progress: pipeline.Progress) -> Advice:
     latency = parse_latency(request.latency) if request.latency is not None else None
     row = hardware.of_target(target)
     workspace = Workspace(request.model, request.calibration)
+    if target.artifact.startswith("gguf"):
+        refuse_unsupported(workspace.checkpoint, workspace.task)
     target = offered(target, encoder=workspace.task != DECODER_TASK)
     limits = Limits(ram, latency, parse_loss(request.max_loss, workspace.task), request.max_loss)
     facts = facts_of(workspace, request)
@@ -129,9 +135,8 @@ def advise(request: AdviceRequest, progress: pipeline.Progress) -> Advice:
     evaluate = pipeline.evaluator(workspace, found, workspace.divergence_on_search) if request.measure else None
     desk = Desk(found, workspace.layers, target, facts, costs, limits, 0.0, evaluate)
     relevance = bool(workspace.checkpoint.config.get("index_topk"))  # an indexer that scores tokens beforehand
-    kv, source = _kv_types(target, row)
     memory = Memory(desk.weights_left - _smallest(desk), host, pooled)
-    cache = advice.cache_node(facts, kv, source, memory, relevance)
+    cache = advice.cache_node(facts, row.kv, row.kv_source, memory, relevance)
     desk.kv = cache.decision.whole_bytes if cache.decision is not None else 0.0
     made = advice.alternatives(desk) + [desk.held(_from_row(measured, facts, desk.kv)) for measured in rows]
     language = None
@@ -192,7 +197,8 @@ def facts_of(workspace: Workspace, request: AdviceRequest) -> Facts:
     planned = sum(a.shape[0] * a.shape[1] for a in layers if a.tied_to is None)
     parameters = {id(p): p.numel() for p in modeling.skeleton(workspace.checkpoint).parameters()}
     total = sum(parameters.values())
-    graph = _NODE_BYTES * (_NODES_PER_BLOCK * sizes.layers + 4 * len(layers))
+    gguf = get_target(request.target).artifact.startswith("gguf")
+    graph = 0 if gguf else _NODE_BYTES * (_NODES_PER_BLOCK * sizes.layers + 4 * len(layers))
     return Facts(
         name=workspace.folder.resolve().name,
         task=workspace.task,
@@ -205,6 +211,7 @@ def facts_of(workspace: Workspace, request: AdviceRequest) -> Facts:
         context=context,
         batch=request.batch,
         other_bytes=4 * max(0, total - planned) + graph,
+        chunk=_GGUF_CHUNK if gguf else 0,
     )
 
 
@@ -219,10 +226,14 @@ def measure_costs(facts: Facts, layers: Sequence[Layer], target: Target, row: ha
     firsts: dict[int, str] = {32: "fp32", 16: "fp16"}
     for name in target.dense_formats:
         firsts.setdefault(CoreFormat.parse(name).bits, name)
-    task = CAUSAL_LM if facts.cache is not None else ENCODER
-    int8 = target.multiplies_in_int8(encoder=task == ENCODER)
-    write = partial(write_stack, accuracy_level=target.accuracy_level, int8=int8)
-    told = kernels.measure(task, list(firsts.values()), shape, weights, rows, write, threads)
+    if target.artifact.startswith("gguf"):
+        llama_cpp = target.artifact != "gguf_factored"
+        told = kernels_ggml.measure(list(firsts.values()), shape, rows, mapped=llama_cpp, threads=threads)
+    else:
+        task = CAUSAL_LM if facts.cache is not None else ENCODER
+        int8 = target.multiplies_in_int8(encoder=task == ENCODER)
+        write = partial(write_stack, accuracy_level=target.accuracy_level, int8=int8)
+        told = kernels.measure(task, list(firsts.values()), shape, weights, rows, write, threads)
     here = hardware.detect()
     return Costs(
         told.empty_rss_bytes,
@@ -231,16 +242,9 @@ def measure_costs(facts: Facts, layers: Sequence[Layer], target: Target, row: ha
         rows,
         next(iter(told.rates.values())).threads,
         f"{here.processor or 'CPU'} ({here.hardware.name})",
-        here.hardware.machine == row.machine,
+        hardware.runs_here(row),
         told.load,
     )
-
-
-def _kv_types(target: Target, row: hardware.Hardware) -> tuple[tuple[str, ...], str]:
-    """Types of a KV cache that the target's artifacts run with, best first, and who says so."""
-    if target.artifact.startswith("gguf"):
-        return hardware.KV_GGUF, hardware.KV_GGUF_SOURCE
-    return row.kv, row.kv_source
 
 
 def _smallest(desk: Desk) -> float:
@@ -266,7 +270,7 @@ def read_measured(path: Path, task: str, row: hardware.Hardware) -> list[dict[st
     except (KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"--measured {path}: not what `edgec bench --json` prints ({error!r})") from error
     machine = next((m for m in ("x86_64", "aarch64", "arm64") if m in system), "")
-    if machine.replace("arm64", "aarch64") != row.machine:
+    if not machine or row.machine not in ("", machine.replace("arm64", "aarch64")):
         raise UsageError(
             f"--measured {path}: measured on {system or 'an unknown machine'}, the target is {row.description}; bench "
             "on the target's class of hardware"
@@ -293,7 +297,7 @@ def _from_row(entry: dict[str, Any], facts: Facts, kv: float) -> Alternative:
     name = str(entry["contestant"])
     what = advice.PIPELINE
     if name.startswith("dense"):
-        what = advice.NOTHING if "fp" in name else advice.QUANTIZATION
+        what = advice.NOTHING if re.search(r"\bb?f(p|loat)?(16|32)\b", name) else advice.QUANTIZATION
     at = "" if lm else f"measured at batches of {settings.get('batch', '?')}"
     return Alternative(
         f"{name} (bench)",
@@ -329,7 +333,7 @@ def _smaller(other: Workspace, request: AdviceRequest, target: Target, desk: Des
     )
     kv = 0.0
     if facts.cache is not None:
-        kv = kv_bytes(facts.cache, facts.context, facts.batch, _kv_types(target, hardware.of_target(target))[0][0])
+        kv = kv_bytes(facts.cache, facts.context, facts.batch, hardware.of_target(target).kv[0])
     theirs = Desk(desk.profile, other.layers, target, facts, desk.costs, desk.limits, kv)
     judged = theirs.judge(plan, f"{facts.name} {target.dense_formats[0]}", advice.SMALLER)
     return replace(judged, loss=None, acceptable=None, note=f"{facts.parameters / 1e6:.3g} M parameters")

@@ -14,9 +14,10 @@ from typing import Any
 from edgec import pipeline
 from edgec.bench.devices import Device, open_device
 from edgec.bench.harness import BenchSettings, Contestant, check_names, run_bench
-from edgec.bench.jobs import PEER_FILE
-from edgec.bench.worker import loader_of
+from edgec.bench.worker import loader_of, tool_of
 from edgec.calibration import DECODER_LENGTH
+from edgec.checkpoint import open_checkpoint
+from edgec.compress.store import is_compressed
 from edgec.contestants import ExportCost, ShapeRequest, of_shape, peers, smaller
 from edgec.errors import CheckpointError, UsageError
 from edgec.evaluate.embeddings import (
@@ -30,13 +31,16 @@ from edgec.evaluate.embeddings import (
 from edgec.evaluate.per_byte import bits_per_byte, pieces
 from edgec.export import verify
 from edgec.inspection import manifest_of
-from edgec.modeling import ENCODER_TASK
+from edgec.modeling import ENCODER_TASK, task_of
 from edgec.plan import hardware
 from edgec.records import Measurement
 from edgec.runtime.artifact import open_artifact
+from edgec.runtime.interfaces import CAUSAL_LM, ENCODER
 from edgec.runtime.options import RuntimeOptions
 from edgec.runtime.ort_encoder import OrtEncoder
 from edgec.workspace import Workspace
+
+_IN_TORCH = "not exported: its layers are factored in torch and its cores unpacked to floats"
 
 
 @dataclass(frozen=True)
@@ -137,6 +141,9 @@ def _entrants(path: Path, kv_caches: Sequence[str], machine: str) -> list[Contes
     notes: tuple[str, ...] = ()
     if hardware.misplaced(target, machine):
         notes = (f"exported for {target}, measured on another kind of processor",)
+    if path.is_dir() and is_compressed(path):
+        task = ENCODER if task_of(open_checkpoint(path)) == ENCODER_TASK else CAUSAL_LM
+        return [Contestant(path.name, path, task, notes=(*notes, _IN_TORCH))]
     plain = Contestant(path.name, path, notes=notes)
     if not kv_caches or not plain.is_gguf:
         return [plain]
@@ -193,7 +200,7 @@ def _opened(folder: Path, kv_cache: str) -> Any:
 
 def _opened_peer(folder: Path) -> Any:
     """A folder that another tool runs (torch), loaded by it; None for an artifact."""
-    return loader_of(folder).load(folder, RuntimeOptions()) if (folder / PEER_FILE).is_file() else None
+    return loader_of(folder).load(folder, RuntimeOptions()) if tool_of(folder) else None
 
 
 def bench_shape(

@@ -15,7 +15,7 @@ import pytest
 from command_for_tests import check_failure, invoke
 
 from edgec import advise
-from edgec.bench import kernels
+from edgec.bench import kernels, kernels_ggml
 from edgec.bench.kernels import KernelRate, RuntimeRates
 from edgec.errors import UsageError
 from edgec.plan.planner import make_choice
@@ -112,6 +112,48 @@ def test_a_causal_lm_shows_its_cache_and_weighs_a_smaller_one_by_text(
     # The same model is as good as itself, so at a loss of 0 the tie goes to it: the smaller one fits at int8.
     assert body["verdict"]["decision"] == "buy smaller"
     assert any("bits per byte" in n for n in body["verdict"]["numbers"])
+
+
+def test_a_gguf_file_is_judged_by_ggmls_kernels(
+    capsys: pytest.CaptureFixture[str],
+    lm_source: Path,
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its cache is F16, its floats stay F16 in memory, and llama.cpp keeps packed weights twice."""
+    pytest.importorskip("llama_cpp")
+    told: list[bool] = []
+
+    def measure(formats: Any, shape: Any, rows: int, *, mapped: bool, threads: int = 0) -> RuntimeRates:
+        told.append(mapped)
+        made = {name: KernelRate(name, rows, threads or 1, 0.05, 1.0 + mapped, 10.0) for name in formats}
+        return RuntimeRates(40_000_000, 0, 0.0, made)
+
+    monkeypatch.setattr(kernels_ggml, "measure", measure)
+    words = ["advise", lm_source, "--ram", "1GB", "--calibration", text_file, "--context", "64", "--latency", "30ms"]
+    words += ["--profile", _profile(lm_source, tmp_path / "profile")]
+    totals = []
+    for target in ("gguf", "gguf-factored"):
+        said = invoke(capsys, *words, "--target", target, "--json")
+        assert (said.code, said.err) == (0, ""), said
+        body = json.loads(said.out)
+        assert body["quantization"]["hardware"]["name"] == "ggml-cpu"
+        assert body["cache"]["decision"]["precision"] == "fp16"
+        (row,) = (a for a in body["budget"]["alternatives"] if a["name"] == "dense int4-b32")
+        assert row["fits_latency"] is True  # any processor that edgec runs on is of the class
+        totals.append(row["ram"]["total"])
+    assert told == [True, False]
+    assert totals[0] > totals[1]
+    shown = invoke(capsys, *words, "--target", "gguf")
+    assert shown.code == 0
+    assert "Q4_K" in shown.out
+
+
+@pytest.mark.usefixtures("rates")
+def test_encoders_are_no_gguf(capsys: pytest.CaptureFixture[str], encoder_source: Path) -> None:
+    start = ["advise", encoder_source, "--target", "gguf", "--ram", "1GB"]
+    check_failure(invoke(capsys, *start), 1, "use an ONNX target")
 
 
 def test_sizes_times_and_losses_as_people_type_them() -> None:

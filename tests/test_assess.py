@@ -159,3 +159,19 @@ def test_bench_a_shape_against_the_builders_int4(capsys: pytest.CaptureFixture[s
     assert all({"decode_tok_s", "prefill_tok_s", "ttft_ms"} <= set(row["metrics"]) for row in body["measurements"])
     (cost,) = body["exports"]
     assert cost["seconds"] > 0 < cost["peak_rss_bytes"]
+
+
+def test_a_compressed_folder_is_measured_in_torch(
+    capsys: pytest.CaptureFixture[str], lm_source: Path, text_file: Path, tmp_path: Path
+) -> None:
+    """Beside the same plan's export: the same loss, as near as floats come to the runtime's integer products."""
+    folder, exported = tmp_path / "factored", tmp_path / "exported"
+    common = ("--target", "onnx-x64", "--calibration", text_file)
+    assert invoke(capsys, "compress", lm_source, "--plan", "uniform:0.5", *common, "-o", folder).code == 0
+    assert invoke(capsys, "export", folder, *common, "-o", exported).code == 0
+    words = (folder, exported, "--model", lm_source, "--calibration", text_file, *LM_ROUND)
+    torch_row, onnx_row = _json(capsys, "bench", *words)["measurements"]
+    assert torch_row["metrics"]["decode_tok_s"]["value"] > 0
+    assert any("factored in torch" in note for note in torch_row["notes"])
+    assert torch_row["artifact_bytes"] == (folder / "model.safetensors").stat().st_size
+    assert torch_row["quality"]["kl"] == pytest.approx(onnx_row["quality"]["kl"], rel=0.2)

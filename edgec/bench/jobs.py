@@ -17,6 +17,8 @@ from edgec.errors import BenchError
 JOB_VERSION = 1
 PEER_FILE = "peer.json"
 """In a folder that another tool runs, for comparison: {"loader": a file of edgec.bench.loaders, …}."""
+MANIFEST_FILE, COMPRESSED = "edgec.json", "compressed"
+"""The file and the kind in it that mark what `edgec compress` wrote; `edgec.records` does not travel to devices."""
 TAILS = ("step_p95_ms", "item_p95_ms")
 """Slow ones among many: one decode step, one sentence. They scatter by nature, so no spread makes them unsettled."""
 METRICS = (
@@ -41,6 +43,7 @@ class Job:
     kv_cache: see RuntimeOptions. long_prompt_tokens: causal LMs; a second length, to see how memory grows with context;
     0 for none.
     cores, ram_limit_bytes: what the worker holds itself to before it loads its runtime; 0 for no limit.
+    gpu: see RuntimeOptions.
     """
 
     folder: str
@@ -58,6 +61,7 @@ class Job:
     sentences: tuple[str, ...] = ()
     cores: int = 0
     ram_limit_bytes: int = 0
+    gpu: int | None = None
     version: int = JOB_VERSION
 
     def to_json(self) -> bytes:
@@ -83,8 +87,6 @@ class Answers:
 
     runtime_rss_bytes: the process with its runtime imported and nothing loaded. load_peak_rss_bytes: the peak when
     the session is ready. peak_rss_bytes: the peak at the end. facts: versions and counts, for the row's settings.
-    remarks: what a device found out about this artifact, for the row's notes.
-    remarks: what a device found out about this artifact, for the row's notes.
     context_rss: (prompt tokens, peak RSS in bytes of generating after them), a short prompt and a long one. ceilings:
     what a roofline job found, by name. remarks: what a device found out about this artifact, for the row's notes.
     """

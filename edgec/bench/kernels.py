@@ -84,17 +84,17 @@ def measure(
     threads = threads or physical_cores()
     load = os.getloadavg()[0] / physical_cores()
     loader = "genai" if task == CAUSAL_LM else "ort_encoder"
-    empty = _probe("", loader, rows, threads)["runtime_rss_bytes"]
+    empty = probe("", loader, rows, threads)["runtime_rss_bytes"]
     rates = {}
     with tempfile.TemporaryDirectory(prefix="edgec-probe-") as work:
         least = _written(Path(work) / "least", write, CoreFormat(32), (32, 32), 1)[0]
-        told = _probe(least, "ort_encoder", rows, threads)
+        told = probe(least, "ort_encoder", rows, threads)
         session = max(0.0, told["peak_rss_bytes"] - told["runtime_rss_bytes"])
         for name in dict.fromkeys(formats):
             n, k = shape
             copies = max(1, round(min(max(weights, MIN_WEIGHTS), MAX_WEIGHTS) / (n * k)))
             model, stored = _written(Path(work) / name, write, CoreFormat.parse(name), shape, copies)
-            told = _probe(model, "ort_encoder", rows, threads)
+            told = probe(model, "ort_encoder", rows, threads)
             shutil.rmtree(Path(work) / name)
             seconds = told["run_ms"] / 1e3
             rates[name] = KernelRate(
@@ -115,7 +115,10 @@ def _written(folder: Path, write: Write, fmt: CoreFormat, shape: tuple[int, int]
     return str(folder / "model.onnx"), stored
 
 
-def _probe(model: str, loader: str, rows: int, threads: int) -> dict[str, float]:
+def probe(model: str, loader: str, rows: int, threads: int) -> dict[str, float]:
+    """What `edgec.bench.probe` answers in a fresh process. model: path of a graph, "" for the runtime alone. Raises
+    BenchError.
+    """
     job = {"model": model, "loader": loader, "rows": rows, "threads": threads, "seconds": _SECONDS}
     finished = run(
         [sys.executable, "-P", "-m", "edgec.bench.probe"],

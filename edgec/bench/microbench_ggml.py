@@ -32,7 +32,8 @@ def measure(
 ) -> list[Sample]:
     """One sample per format, number of rows and shape, but for rows of a matrix that a type's blocks do not divide.
 
-    formats: as plans name them ("q4_k", "int4-b32"). seconds: how long rounds are repeated (at least 5 of them).
+    formats: as plans or ggml name them ("q4_k", "int4-b32", "Q4_K", "F16"). seconds: how long rounds are repeated (at
+    least 5 of them).
     Raises RuntimeUnavailableError without llama-cpp-python.
     """
     device = Device(threads)

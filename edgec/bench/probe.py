@@ -3,7 +3,7 @@ object on stdout.
 
 `worker` measures finished artifacts; this measures a runtime's kernels before there is one, for estimates of time and
 memory. It is separate because a worker's job names an artifact with its tokenizer, and because it too reports its own
-memory, so that it must hold nothing else. Job: {"model": path or "", "loader": "genai" | "ort_encoder", "rows": M,
+memory, so that it must hold nothing else. Job: {"model": path or "", "loader": a file of `edgec.runtime`, "rows": M,
 "threads": n, "seconds": s}. Answer: runtime_rss_bytes, and with a model peak_rss_bytes and run_ms: the quickest run,
 since an estimate is of what the kernel takes and not of what the machine's other work took meanwhile.
 """

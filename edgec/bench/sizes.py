@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from edgec.bench.jobs import PEER_FILE
+from edgec.bench.jobs import COMPRESSED, MANIFEST_FILE, PEER_FILE
 from edgec.errors import BenchError
 from edgec.runtime.layout import inside, optional_json
 
@@ -34,8 +34,11 @@ def model_file(folder: Path) -> Path:
 
 def artifact_bytes(folder: Path) -> int:
     """Model file plus external data or adapter [bytes]; tokenizer and configuration beside them are not counted. Of a
-    folder that another tool runs, the weight files of the checkpoint that it names.
+    folder that another tool runs, the weight files of the checkpoint that it names; of what `edgec compress` wrote,
+    its own.
     """
+    if optional_json(folder / MANIFEST_FILE).get("kind") == COMPRESSED:
+        return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     if (folder / PEER_FILE).is_file():
         checkpoint = optional_json(folder / PEER_FILE).get("checkpoint")
         weights = [*Path(checkpoint).glob("*.safetensors")] if isinstance(checkpoint, str) else []

@@ -23,13 +23,15 @@ from typing import IO, Any, cast
 from edgec import plugins
 from edgec.bench import energy, roofline
 from edgec.bench.energy import Meter
-from edgec.bench.jobs import PEER_FILE, Job
+from edgec.bench.jobs import COMPRESSED, MANIFEST_FILE, PEER_FILE, Job
 from edgec.errors import BenchError, EdgecError
 from edgec.runtime.artifact import Loader, find_loader
 from edgec.runtime.interfaces import CAUSAL_LM, ENCODER, CausalLM, Encoder
-from edgec.runtime.layout import read_json
+from edgec.runtime.layout import optional_json, read_json
 from edgec.runtime.options import RuntimeOptions, one_per_core
 
+TORCH = "torch_models"
+"""The loader of what torch runs."""
 _SINGLES = 8
 """Sentences that are timed one by one in each sample [count]."""
 _LEAST_LATENCIES = 24
@@ -72,7 +74,8 @@ def measure(job: Job, say: Callable[..., None]) -> None:
     meter, told = energy.find()
     say("ready", runtime_rss_bytes=memory()[0], versions={**versions, "energy": told})
     started = time.perf_counter()
-    model = loader.load(folder, RuntimeOptions(job.threads, cast(Any, job.spin), kv_cache=job.kv_cache))
+    options = RuntimeOptions(job.threads, cast(Any, job.spin), kv_cache=job.kv_cache, gpu=job.gpu)
+    model = loader.load(folder, options)
     if warm := getattr(loader, "warm", None):
         warm(model, job)
     load_s = time.perf_counter() - started
@@ -102,14 +105,22 @@ def measure(job: Job, say: Callable[..., None]) -> None:
 
 
 def loader_of(folder: Path) -> Loader:
-    """The runtime that the folder's files are for, or another tool that its peer.json names."""
-    if not (folder / PEER_FILE).is_file():
+    """The runtime that the folder's files are for, or the tool that runs it where edgec is installed."""
+    if not (name := tool_of(folder)):
         return find_loader(folder)
-    name = str(read_json(folder / PEER_FILE).get("loader"))
     try:
         return cast(Loader, plugins.load("edgec.bench.loaders", name))
     except ImportError as error:
         raise BenchError(f"{name} runs where edgec is installed, not on a device ({error})") from error
+
+
+def tool_of(folder: Path) -> str:
+    """The file of `edgec.bench.loaders` that runs a folder: a peer's, or torch for what `edgec compress` wrote. "" for
+    an artifact, which `edgec.runtime` loads.
+    """
+    if (folder / PEER_FILE).is_file():
+        return str(read_json(folder / PEER_FILE).get("loader"))
+    return TORCH if optional_json(folder / MANIFEST_FILE).get("kind") == COMPRESSED else ""
 
 
 def _encoder_sampler(model: Encoder, job: Job, meter: Meter | None) -> Callable[[float], dict[str, float]]:

@@ -68,6 +68,7 @@ def run(
     seed: Annotated[int | None, typer.Option(min=0, help="of --sample")] = None,
     threads: Annotated[int, typer.Option(help="0: all physical cores")] = 0,
     kv_cache: KvCache = "",
+    gpu: Annotated[int | None, typer.Option(help="number of the GPU to run on; default: the CPU")] = None,
     as_json: Json = False,
 ) -> None:
     """Generate text (causal LM) or print how similar sentences are (encoder; --json for the vectors)."""
@@ -81,7 +82,7 @@ def run(
     texts = text or [line.rstrip("\n") for line in sys.stdin if line.strip()]
     if not texts:
         raise UsageError("nothing to run: give a prompt or sentences, or pipe lines in")
-    loaded: Any = open_artifact(artifact, RuntimeOptions(threads=threads, kv_cache=kv_cache))
+    loaded: Any = open_artifact(artifact, RuntimeOptions(threads=threads, kv_cache=kv_cache, gpu=gpu))
     if loaded.task != CAUSAL_LM:
         if sample:
             raise UsageError(f"{artifact} holds a model for {loaded.task}: --sample is for causal LMs")

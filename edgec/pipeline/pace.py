@@ -48,10 +48,10 @@ def paced(goal: Goal, target: Target, task: str, progress: Progress) -> Goal:
         formats = tuple(dict.fromkeys((*target.dense_formats, *target.factored_formats)))
         samples = microbench_ggml.measure(formats, threads=physical_cores(), progress=told)
     else:
-        wanted, here = hardware.of_target(target), hardware.detect().hardware
-        if here.machine != wanted.machine:
+        if not hardware.runs_here(hardware.of_target(target)):
+            here = hardware.detect().hardware.machine
             raise UsageError(
-                f"--max-latency times the runtime's kernels on this machine ({here.machine}), which does not run "
+                f"--max-latency times the runtime's kernels on this machine ({here}), which does not run "
                 f"{target.name}; leave it out, or plan on a machine of the target's kind"
             )
         samples = microbench.measure(

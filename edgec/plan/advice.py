@@ -265,7 +265,8 @@ class Desk:
             for c in plan.choices
         )
         floats = not CoreFormat.parse(fmt).quantised
-        note = "half the file, not half the memory: the CPU computes in fp32" if fmt == "fp16" else ""
+        onnx = self.target.artifact == "onnx"
+        note = "half the file, not half the memory: the CPU computes in fp32" if onnx and fmt == "fp16" else ""
         return self.judge(
             replace(plan, choices=choices), f"dense {fmt}", NOTHING if floats else QUANTIZATION, floats, note
         )

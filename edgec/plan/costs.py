@@ -81,6 +81,7 @@ class Costs:
 class Facts:
     """Of one model, for one target. cache: None for an encoder. width, widest, heads, vocabulary: for activations
     [counts]; vocabulary 0 for an encoder. context: tokens of one sequence. other_bytes: what ships beside the layers.
+    chunk: most tokens that the runtime reads at once; 0 for all of them.
     """
 
     name: str
@@ -94,13 +95,16 @@ class Facts:
     context: int
     batch: int
     other_bytes: int
+    chunk: int = 0
 
     def activation_bytes(self) -> int:
-        """Live tensors of one block at fp32 while the longest input is read, and a causal LM's logits of it."""
-        rows = self.context * self.batch
+        """Live tensors of one block at fp32 while the longest input is read, and the logits that come of it: those of
+        the last token, which are all that generating needs (`edgec.runtime.layout.FIRST_LOGITS`).
+        """
+        rows = min(self.context, self.chunk or self.context) * self.batch
         block = rows * (4 * self.width + 2 * self.widest)
         scores = 0 if self.cache else 2 * self.batch * self.heads * self.context**2
-        return 4 * (block + scores + rows * self.vocabulary)
+        return 4 * (block + scores + self.batch * self.vocabulary)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from edgec.errors import PlanError, UsageError
 from edgec.quantize.formats import FAST_BLOCKS
+from edgec.quantize.ggml_formats import GgmlFormat
 from edgec.records import Target
 
 DEFAULT, YES, IF_BENCHMARKED, IF_VALIDATED, NO = "default", "yes", "if benchmarked", "if validated", "no"
@@ -38,8 +39,8 @@ class Support:
 
 @dataclass(frozen=True)
 class Hardware:
-    """A class of hardware. machine: `platform.machine()` in lower case, or "cuda". kv: types in which its runtime can
-    keep a KV cache, as edgec's exports use it first.
+    """A class of hardware. machine: `platform.machine()` in lower case, "cuda", or "" for any processor. kv:
+    types in which its runtime can keep a KV cache, as edgec's exports use it first.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Hardware:
 
 
 _FACTS_CPU = "onnxruntime contrib MatMulNBits: 2, 4 and 8 bits run on CPU, 3 are refused; measured with 1.31"
+_GGML = "ggml/src/ggml-cpu (quants, repack) of llama-cpp-python 0.3.36; timed by edgec.bench.microbench_ggml"
 _TE = "NVIDIA Transformer Engine, datatype and hardware support matrix, by compute capability"
 _TRT = "NVIDIA TensorRT-LLM 0.18 support matrix, precision by SM"
 _SEEDS = "the decision list that this table follows (SEEDS, node 2)"
@@ -124,6 +126,22 @@ HARDWARE: Mapping[str, Hardware] = {
             ("fp32", "int8"),
             _KV_CPU,
         ),
+        Hardware(
+            "ggml-cpu",
+            "CPU with AVX2 or dot-product instructions, on ggml's kernels",
+            "",
+            (
+                Support("int8", YES, "Q8_0: 8-bit dot products", _GGML),
+                Support("int6", YES, "Q6_K", _GGML),
+                Support("int5", YES, "Q5_K", _GGML),
+                Support("int4", DEFAULT, "Q4_0, Q4_K: repacked for AVX2, AVX-512 and NEON; IQ4_XS", _GGML),
+                Support("int3", YES, "Q3_K; IQ3 types look their numbers up, which takes longer", _GGML),
+                Support("int2", YES, "Q2_K; IQ2 types look their numbers up, which takes longer", _GGML),
+                Support("fp8", NO, "ggml has no such type", _GGML),
+            ),
+            KV_GGUF,
+            KV_GGUF_SOURCE,
+        ),
         _nvidia(
             "nvidia-ampere",
             "NVIDIA Ampere (compute capability 8.0, 8.6: A100, A10, RTX 30)",
@@ -159,7 +177,11 @@ HARDWARE: Mapping[str, Hardware] = {
     )
 }
 
-_FOR_TARGET = {"onnx-x64": "x86-64-avx2", "onnx-arm64": "arm64-dotprod"}
+_FOR_TARGET = {
+    "onnx-x64": "x86-64-avx2",
+    "onnx-arm64": "arm64-dotprod",
+    **dict.fromkeys(("gguf", "gguf-adapter", "gguf-factored"), "ggml-cpu"),
+}
 """Target → the least capable class of hardware that its formats are chosen for."""
 
 _ALIASES = {"amd64": "x86_64", "arm64": "aarch64"}
@@ -177,19 +199,24 @@ def of_target(target: Target) -> Hardware:
     """The class of hardware that a target's formats must run fast on. Raises PlanError for one without a row."""
     if target.name not in _FOR_TARGET:
         raise PlanError(
-            f"target {target.name!r} has no row in the hardware table, which knows onnxruntime's kernels; ask for "
-            f"{' or '.join(_FOR_TARGET)}"
+            f"target {target.name!r} has no row in the hardware table; ask for {' or '.join(_FOR_TARGET)}"
         )
     return HARDWARE[_FOR_TARGET[target.name]]
 
 
 def misplaced(target: str, machine: str) -> bool:
     """Were a target's formats chosen for another kind of processor than one whose description is `machine`?"""
-    if target not in _FOR_TARGET:
+    meant = HARDWARE[_FOR_TARGET[target]].machine if target in _FOR_TARGET else ""
+    if not meant:
         return False
     words = {_ALIASES.get(word, word) for word in re.findall(r"\w+", machine.lower())}
     known = {h.machine for h in HARDWARE.values()}
-    return bool(words & known) and HARDWARE[_FOR_TARGET[target]].machine not in words
+    return bool(words & known) and meant not in words
+
+
+def runs_here(hardware: Hardware) -> bool:
+    """Is this machine of the class, so that its kernels can be timed here?"""
+    return hardware.machine in ("", detect().hardware.machine)
 
 
 def formats(hardware: Hardware) -> tuple[str, ...]:
@@ -204,7 +231,8 @@ def executes(hardware: Hardware, core_format: str, *, lookup: bool = False) -> b
     """
     if "+" in core_format:
         return all(executes(hardware, part, lookup=lookup) for part in core_format.split("+"))
-    family, _, rest = core_format.partition("-")
+    ggml = GgmlFormat.named(core_format)
+    family, _, rest = core_format.partition("-") if ggml is None else (f"int{ggml.bits}", "", "")
     if family in ("fp32", "fp16"):
         return True
     found = hardware.support(family)

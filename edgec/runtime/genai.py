@@ -5,7 +5,6 @@ Only the runtime is imported: `onnxruntime_genai.models` (the builder) needs tor
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -14,10 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgec.errors import CheckpointError
+from edgec.errors import CheckpointError, RuntimeUnavailableError
 from edgec.runtime.interfaces import CAUSAL_LM, Floats, Ids, Piece
 from edgec.runtime.layout import inside, read_json, whole_number
-from edgec.runtime.options import RuntimeOptions, genai_overlay, import_genai, refuse_kv_cache
+from edgec.runtime.options import RuntimeOptions, genai_config, import_genai, refuse_kv_cache
 from edgec.runtime.prompts import check_prompt, check_sampling
 
 PLUGIN = True
@@ -55,10 +54,10 @@ class GenaiModel:
         inside(self.folder, decoder.get("filename", "model.onnx"), config_path)
         self._og = import_genai()
         try:
-            config = self._og.Config(str(self.folder))
-            config.overlay(json.dumps(genai_overlay(options or RuntimeOptions())))
-            self._model = self._og.Model(config)
+            self._model = self._og.Model(genai_config(self.folder, options or RuntimeOptions()))
             self._tokenizer = self._og.Tokenizer(self._model)
+        except RuntimeUnavailableError:
+            raise
         except Exception as error:  # the binding raises RuntimeError and friends for every kind of bad file
             raise CheckpointError(f"onnxruntime-genai cannot load {self.folder}: {error}") from error
 

@@ -38,6 +38,9 @@ _BATCH = 512
 _LOGITS_CHUNK = 128
 """Tokens whose logits are kept at once [tokens]: a large vocabulary's would not fit for all."""
 
+_ALL_LAYERS = 1 << 16
+"""More layers than any model has [count]: llama.cpp puts them all on the GPU."""
+
 _NO_AMX = "CFLAGS=-mno-amx-int8 CXXFLAGS=-mno-amx-int8"
 """What leaves the AMX code out, for GCC and Clang on x86-64; the Makefile has the same."""
 _LEVELS = {3: logging.INFO, 4: logging.WARNING}
@@ -157,7 +160,7 @@ class LlamaCpp:
         self._cache = {"f16": self._lib.GGML_TYPE_F16, "q8_0": self._lib.GGML_TYPE_Q8_0}.get(
             (options or RuntimeOptions()).kv_cache
         )
-        self._model = _open(self._lib, path)
+        self._model = _open(self._lib, path, gpu=(options or RuntimeOptions()).gpu)
         self._close = weakref.finalize(self, self._lib.llama_model_free, self._model)
         self.vocabulary = Vocabulary.of_model(self._lib, self._model)
         self._adapter = self._open_adapter(adapter) if adapter.is_file() else None
@@ -327,11 +330,21 @@ def sampler_chain(lib: Any, sampling: dict[str, Any] | None, vocab_size: int) ->
     return chain
 
 
-def model_params(lib: Any, *, vocab_only: bool = False) -> Any:
-    """llama.cpp's own parameters for a model on the CPU, without what crashes there (`uses_amx`)."""
+def model_params(lib: Any, *, vocab_only: bool = False, gpu: int | None = None) -> Any:
+    """llama.cpp's own parameters for a model on the CPU, without what crashes there (`uses_amx`), or whole on a GPU.
+    Raises RuntimeUnavailableError.
+    """
     params = lib.llama_model_default_params()
     params.n_gpu_layers = 0
     params.vocab_only = vocab_only
+    if gpu is not None:
+        if not lib.llama_supports_gpu_offload():
+            raise RuntimeUnavailableError(
+                "this llama-cpp-python has no GPU back end; build it with one, for example CMAKE_ARGS=-DGGML_CUDA=on "
+                "(or GGML_VULKAN) pip install --force-reinstall --no-cache-dir --no-deps llama-cpp-python"
+            )
+        params.n_gpu_layers, params.main_gpu = _ALL_LAYERS, gpu
+        params.split_mode = lib.LLAMA_SPLIT_MODE_NONE  # or the model is spread over all GPUs that are there
     if not vocab_only and uses_amx(lib):  # a vocabulary multiplies nothing, so there is nothing to warn of
         params.use_extra_bufts = False
     return params
@@ -357,8 +370,9 @@ def uses_amx(lib: Any) -> bool:
     return found
 
 
-def _open(lib: Any, path: Path, *, vocab_only: bool = False) -> Any:
-    model = lib.llama_model_load_from_file(str(path).encode(), model_params(lib, vocab_only=vocab_only))
+def _open(lib: Any, path: Path, *, vocab_only: bool = False, gpu: int | None = None) -> Any:
+    params = model_params(lib, vocab_only=vocab_only, gpu=gpu)
+    model = lib.llama_model_load_from_file(str(path).encode(), params)
     if not model:
         raise CheckpointError(f"llama.cpp cannot load {path}; --debug shows its reasons")
     return model

@@ -8,6 +8,7 @@ costs as much as one) and stop when it ends. Telemetry: both runtimes can send u
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Iterable
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from edgec.errors import RuntimeUnavailableError, UsageError
+from edgec.errors import CheckpointError, RuntimeUnavailableError, UsageError
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -28,6 +29,8 @@ _SPIN_ENTRIES: dict[str, dict[str, str]] = {
     "always": {"session.intra_op.allow_spinning": "1"},
 }
 MAX_THREADS = 1024
+MAX_GPU = 63
+_CUDA = "CUDAExecutionProvider"
 KV_CACHES = ("f16", "q8_0")
 """Types of a GGUF runtime's cache, ggml's names: two bytes a number, or 34 bytes for 32 of them."""
 
@@ -39,12 +42,15 @@ class RuntimeOptions:
     kv_cache: type that keys and values are kept in, for runtimes that let one choose when a model is opened (GGUF): one
     of `KV_CACHES`, or "" for the runtime's own; ONNX graphs state theirs.
     profile: onnxruntime writes which operators ran to a file whose name begins so, when the model is closed; "" none.
+    gpu: number of the GPU that the model runs on, None for the CPU. A runtime that cannot use it raises
+    RuntimeUnavailableError when it loads: it never computes on the CPU instead.
     """
 
     threads: int = 0
     spin: Spin = "run"
     profile: str = ""
     kv_cache: str = ""
+    gpu: int | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.threads <= MAX_THREADS:
@@ -53,6 +59,8 @@ class RuntimeOptions:
             raise UsageError(f"spin must be one of {', '.join(_SPIN_ENTRIES)}, got {self.spin!r}")
         if self.kv_cache not in ("", *KV_CACHES):
             raise UsageError(f"the KV cache can be {' or '.join(KV_CACHES)}, got {self.kv_cache!r}")
+        if self.gpu is not None and not 0 <= self.gpu <= MAX_GPU:
+            raise UsageError(f"a GPU is named by its number, 0 to {MAX_GPU}, got {self.gpu}")
 
     def thread_count(self) -> int:
         return self.threads or physical_cores()
@@ -133,6 +141,46 @@ def session_options(options: RuntimeOptions) -> onnxruntime.SessionOptions:
         result.enable_profiling = True
         result.profile_file_prefix = options.profile
     return result
+
+
+def open_session(model: Path, options: RuntimeOptions) -> onnxruntime.InferenceSession:
+    """A session on the CPU, or on the GPU that is asked for, which onnxruntime would leave out with no more than a
+    warning where its libraries are not found.
+
+    Raises CheckpointError for a file that onnxruntime refuses, RuntimeUnavailableError without that GPU.
+    """
+    ort = import_onnxruntime()
+    providers: list[Any] = ["CPUExecutionProvider"]
+    if options.gpu is not None:
+        if _CUDA not in ort.get_available_providers():
+            raise RuntimeUnavailableError("this onnxruntime has no CUDA; pip install onnxruntime-gpu in its place")
+        providers.insert(0, (_CUDA, {"device_id": str(options.gpu)}))
+    try:
+        session = ort.InferenceSession(str(model), session_options(options), providers=providers)
+    except Exception as error:  # onnxruntime raises its own family of exceptions, none of them public
+        raise CheckpointError(f"onnxruntime cannot load {model}: {error}") from error
+    if options.gpu is not None and _CUDA not in session.get_providers():
+        raise RuntimeUnavailableError(
+            f"onnxruntime cannot start CUDA on GPU {options.gpu}; check the driver (nvidia-smi) and the CUDA and cuDNN "
+            "libraries that this onnxruntime-gpu was built for"
+        )
+    return session
+
+
+def genai_config(folder: Path, options: RuntimeOptions) -> Any:
+    """onnxruntime-genai's Config of a folder with these options. Raises RuntimeUnavailableError without the GPU."""
+    og = import_genai()
+    config = og.Config(str(folder))
+    config.overlay(json.dumps(genai_overlay(options)))
+    if options.gpu is not None:
+        if not og.is_cuda_available():
+            raise RuntimeUnavailableError(
+                "this onnxruntime-genai has no CUDA; pip install onnxruntime-genai-cuda in its place"
+            )
+        config.clear_providers()
+        config.append_provider("cuda")
+        config.set_provider_option("cuda", "device_id", str(options.gpu))
+    return config
 
 
 def genai_overlay(options: RuntimeOptions) -> dict[str, Any]:

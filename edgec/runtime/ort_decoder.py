@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from edgec.errors import CheckpointError, NumericsError, UsageError
 from edgec.runtime.interfaces import CAUSAL_LM, Floats, Ids
 from edgec.runtime.layout import FIRST_LOGITS, inside, read_json, whole_number
-from edgec.runtime.options import RuntimeOptions, import_onnxruntime, refuse_kv_cache, session_options
+from edgec.runtime.options import RuntimeOptions, import_onnxruntime, open_session, refuse_kv_cache
 
 _DTYPES: dict[str, Any] = {
     "tensor(float)": np.float32,
@@ -59,12 +59,7 @@ class OrtDecoder:
         self.context_length = whole_number(model, "context_length", path)
         self.path = file = inside(self.folder, decoder.get("filename", "model.onnx"), path)
         self._ort = import_onnxruntime()
-        try:
-            self.session = self._ort.InferenceSession(
-                str(file), session_options(options or RuntimeOptions()), providers=["CPUExecutionProvider"]
-            )
-        except Exception as error:  # onnxruntime raises its own family of exceptions, none of them public
-            raise CheckpointError(f"onnxruntime cannot load {file}: {error}") from error
+        self.session = open_session(file, options or RuntimeOptions())
         self._types = {i.name: _DTYPES.get(i.type) for i in self.session.get_inputs()}
         self._names = {k: str(v) for part in ("inputs", "outputs") for k, v in dict(decoder.get(part) or {}).items()}
         self._logits = self._names.get("logits", "logits")

@@ -18,7 +18,7 @@ from edgec.errors import CheckpointError, NumericsError, RuntimeUnavailableError
 from edgec.runtime.interfaces import ENCODER, Floats
 from edgec.runtime.layout import inside, optional_json, read_json
 from edgec.runtime.memory import return_unused
-from edgec.runtime.options import RuntimeOptions, import_onnxruntime, refuse_kv_cache, session_options
+from edgec.runtime.options import RuntimeOptions, import_onnxruntime, open_session, refuse_kv_cache
 
 PLUGIN = True
 SENTENCE_OUTPUT = "sentence_embedding"
@@ -57,13 +57,7 @@ class OrtEncoder:
         self.max_tokens = max_tokens(self.folder, self.config)
         self._tokenizer = _tokenizer(self.folder, self.config, self.max_tokens)
         model = inside(self.folder, "model.onnx", config_path)
-        ort = import_onnxruntime()
-        try:
-            self.session = ort.InferenceSession(
-                str(model), session_options(options or RuntimeOptions()), providers=["CPUExecutionProvider"]
-            )
-        except Exception as error:  # onnxruntime raises its own family of exceptions, none of them public
-            raise CheckpointError(f"onnxruntime cannot load {model}: {error}") from error
+        self.session = open_session(model, options or RuntimeOptions())
         return_unused()
         self._inputs = {i.name: np.int32 if "int32" in i.type else np.int64 for i in self.session.get_inputs()}
         known = {"input_ids", "attention_mask", "token_type_ids", "position_ids"}

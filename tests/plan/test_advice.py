@@ -85,7 +85,7 @@ def test_memory_and_time_are_the_sums_of_their_parts() -> None:
     table, linears = 512 * 128 * 34 // 32, 4 * 128 * 256 * 34 // 32
     assert ram.weights == table + linears + 10_000
     assert ram.extra == pytest.approx(0.5 * linears)  # the table is read in place, the tied head stores nothing
-    assert ram.activations == 4 * (64 * (4 * 128 + 2 * 256) + 64 * 512)
+    assert ram.activations == 4 * (64 * (4 * 128 + 2 * 256) + 512)  # a block's, and one token's logits
     assert ram.total == pytest.approx(1_500_000 + ram.weights + ram.extra + 777 + ram.activations)
     assert milliseconds_of(plan.choices, COSTS) == pytest.approx((4 * 128 * 256 + 512 * 128) * 0.1e-6)
 

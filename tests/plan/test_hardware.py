@@ -13,10 +13,10 @@ from edgec.plan.hardware import DEFAULT, HARDWARE, IF_BENCHMARKED, IF_VALIDATED,
 from edgec.records import Target
 
 
-@pytest.mark.parametrize("target", [t for t in all_targets().values() if t.artifact == "onnx"], ids=lambda t: t.name)
+@pytest.mark.parametrize("target", all_targets().values(), ids=lambda t: t.name)
 def test_every_format_a_target_offers_runs_fast_on_its_hardware(target: Target) -> None:
     row = hardware.of_target(target)
-    offered = {*target.dense_formats, *target.factored_formats, target.default_format}
+    offered = {*target.dense_formats, *target.factored_formats, *target.residual_formats, target.default_format}
     assert {f for f in offered if not executes(row, f)} == set()
     assert {f for f in target.embedding_formats if not executes(row, f, lookup=True)} == set()
     assert target.default_format.partition("-")[0] == formats(row)[0]
@@ -86,6 +86,9 @@ def test_blocks_count_where_kernels_have_them() -> None:
     assert not executes(ada, "fp8-e4m3-b32")
     assert executes(hardware.get("nvidia-hopper"), "fp8-e4m3-b32")
     assert executes(hardware.get("x86-64-baseline"), "fp32")
+    assert executes(hardware.get("ggml-cpu"), "iq3_xxs")
+    assert not executes(x64, "q3_k")
+    assert not executes(hardware.get("ggml-cpu"), "fp8-e4m3-b32")
 
 
 @pytest.mark.parametrize(
@@ -101,6 +104,12 @@ def test_blocks_count_where_kernels_have_them() -> None:
 )
 def test_the_machine_is_told_by_its_flags(machine: str, cpuinfo: str, expected: str) -> None:
     assert hardware.detect(machine, cpuinfo).hardware.name == expected
+
+
+def test_gguf_runs_on_any_processor_and_onnx_on_its_own() -> None:
+    assert hardware.runs_here(hardware.get("ggml-cpu"))
+    assert hardware.runs_here(hardware.detect().hardware)
+    assert not hardware.runs_here(hardware.get("nvidia-ada"))
 
 
 def test_this_machine_has_a_row_and_others_are_refused() -> None:

@@ -187,6 +187,14 @@ def test_without_the_package_the_reason_says_what_to_install(monkeypatch: pytest
     llama_cpp.import_llama_cpp.cache_clear()
 
 
+def test_a_build_without_gpus_refuses_one(folder: Path) -> None:
+    """llama.cpp itself would compute on the CPU and say nothing."""
+    if llama_cpp.import_llama_cpp().llama_supports_gpu_offload():
+        pytest.skip("this llama-cpp-python has a GPU back end")
+    with pytest.raises(RuntimeUnavailableError, match="no GPU back end"):
+        LlamaCpp(folder, RuntimeOptions(threads=1, gpu=0))
+
+
 def test_the_cache_may_be_q8_0(folder: Path, model: LlamaCpp) -> None:
     """Half the bytes, nearly the same logits; f16 is what llama.cpp takes by itself."""
     ids = np.array(model.encode("def f(x):\n    return x"))

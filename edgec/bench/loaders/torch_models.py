@@ -1,8 +1,12 @@
-"""A checkpoint in torch itself, eager or through `torch.compile`: what most people would run without a toolchain.
+"""A checkpoint in torch itself, eager or through `torch.compile`: what most people would run without a toolchain; and
+what `edgec compress` wrote, its layers factored in torch, which is how the plan runs where no other runtime does.
 
-`peer.json`: {"loader": "torch_models", "checkpoint": folder, "compile": bool, "dtype": "float32" or "bfloat16"}. The
+`peer.json`: {"loader": "torch_models", "checkpoint": folder, "compile": bool, "dtype": one of `DTYPES`}. The
 checkpoint is read as everywhere in edgec: safetensors only, no remote code. A causal LM is compiled as transformers
-advises: a static cache, decode steps compiled and the prefill left eager, because its length varies.
+advises: a static cache, decode steps compiled and the prefill left eager, because its length varies. A compressed
+folder computes in float32, on a GPU in float16: its cores are unpacked, so it has their shapes and not their bytes.
+
+On a GPU every answer is read back before its time is taken, which waits for all that was launched.
 """
 
 from __future__ import annotations
@@ -21,6 +25,8 @@ from numpy.typing import NDArray
 from edgec.bench.jobs import PEER_FILE, Job
 from edgec.calibration import load_tokenizer
 from edgec.checkpoint import Checkpoint, open_checkpoint
+from edgec.compress.store import is_compressed
+from edgec.compress.store import load as load_compressed
 from edgec.errors import CheckpointError, NumericsError, RuntimeUnavailableError
 from edgec.evaluate.embeddings import embed_batch, torch_embedder
 from edgec.modeling import ENCODER_TASK, load_dense, task_of
@@ -28,15 +34,15 @@ from edgec.pooling import Pooling, read_pooling
 from edgec.runtime import ort_encoder
 from edgec.runtime.interfaces import CAUSAL_LM, ENCODER, CausalLM, Encoder, Floats, Ids
 from edgec.runtime.layout import read_json
-from edgec.runtime.options import RuntimeOptions
+from edgec.runtime.options import RuntimeOptions, refuse_kv_cache
 from edgec.runtime.prompts import check_prompt
 
 PLUGIN = True
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def claims(folder: Path) -> bool:
-    return (folder / PEER_FILE).is_file()
+    return (folder / PEER_FILE).is_file() or is_compressed(folder)
 
 
 def prepare() -> dict[str, str]:
@@ -44,16 +50,44 @@ def prepare() -> dict[str, str]:
 
 
 def load(folder: Path, options: RuntimeOptions) -> TorchEncoder | TorchCausalLM:
-    """Raises CheckpointError for an unsound peer.json and for what cannot be read from its checkpoint."""
-    path = folder / PEER_FILE
+    """Raises CheckpointError for an unsound peer.json and for what cannot be read from its checkpoint,
+    RuntimeUnavailableError for a GPU that torch does not have.
+    """
+    refuse_kv_cache(options, "torch")
+    device = _device(options)
+    torch.set_num_threads(options.thread_count())
+    compiled = False
+    if (folder / PEER_FILE).is_file():
+        source, dtype, compiled = _told(folder / PEER_FILE)
+        checkpoint = open_checkpoint(source)
+        model: Any = load_dense(checkpoint, dtype)
+    else:
+        checkpoint = open_checkpoint(folder)
+        model = load_compressed(folder)
+        if options.gpu is not None:
+            model = model.to(torch.float16)
+    kind = TorchEncoder if task_of(checkpoint) == ENCODER_TASK else TorchCausalLM
+    return kind(folder, checkpoint, model.to(device), compiled=compiled)
+
+
+def _told(path: Path) -> tuple[Path, torch.dtype, bool]:
+    """Checkpoint, dtype and whether to compile, as a peer.json has them."""
     told = read_json(path)
     source, dtype = told.get("checkpoint"), DTYPES.get(str(told.get("dtype")))
     if not isinstance(source, str) or dtype is None or not isinstance(told.get("compile"), bool):
         raise CheckpointError(f"{path}: expected checkpoint, compile and dtype ({', '.join(DTYPES)}), got {told}")
-    checkpoint = open_checkpoint(Path(source))
-    torch.set_num_threads(options.thread_count())
-    kind = TorchEncoder if task_of(checkpoint) == ENCODER_TASK else TorchCausalLM
-    return kind(folder, checkpoint, dtype, compiled=told["compile"])
+    return Path(source), dtype, told["compile"]
+
+
+def _device(options: RuntimeOptions) -> torch.device:
+    if options.gpu is None:
+        return torch.device("cpu")
+    if not options.gpu < torch.cuda.device_count():
+        raise RuntimeUnavailableError(
+            f"torch has {torch.cuda.device_count()} CUDA GPUs and was asked for number {options.gpu}; install a torch "
+            "built for CUDA, and check the driver (nvidia-smi)"
+        )
+    return torch.device("cuda", options.gpu)
 
 
 def warm(model: Encoder | CausalLM, job: Job) -> None:
@@ -82,9 +116,8 @@ class TorchEncoder:
     task = ENCODER
     runtime = "torch"
 
-    def __init__(self, folder: Path, checkpoint: Checkpoint, dtype: torch.dtype, *, compiled: bool) -> None:
+    def __init__(self, folder: Path, checkpoint: Checkpoint, model: Any, *, compiled: bool) -> None:
         self.folder = folder
-        model = load_dense(checkpoint, dtype)
         # The number of tokens differs from batch to batch: one program for all of them.
         self._model: Any = _compiled(model, dynamic=True) if compiled else model
         self._tokenizer = load_tokenizer(checkpoint)
@@ -103,7 +136,7 @@ class TorchEncoder:
         """Tokens, each [N, T] → embeddings [N, d] float32."""
         given = {name: torch.from_numpy(values) for name, values in tokens.items() if name != "token_type_ids"}
         with torch.inference_mode():
-            found: Floats = embed_batch(self._model, given, self._pooling).float().numpy()
+            found: Floats = embed_batch(self._model, given, self._pooling).float().cpu().numpy()
         return _finite(found, self.folder)
 
     def token_count(self, sentences: Sequence[str]) -> int:
@@ -117,9 +150,9 @@ class TorchCausalLM:
     task = CAUSAL_LM
     runtime = "torch"
 
-    def __init__(self, folder: Path, checkpoint: Checkpoint, dtype: torch.dtype, *, compiled: bool) -> None:
+    def __init__(self, folder: Path, checkpoint: Checkpoint, model: Any, *, compiled: bool) -> None:
         self.folder = folder
-        self._model = load_dense(checkpoint, dtype)
+        self._model = model
         self._step: Any = _compiled(self._model, dynamic=False) if compiled else self._model
         self._compiled = compiled
         config = self._model.config
@@ -138,18 +171,22 @@ class TorchCausalLM:
         check_prompt(flat, new_tokens, self.context_length, self.vocab_size, least=1)
         with torch.inference_mode():
             cache = self._fresh_cache(max(room, len(flat) + new_tokens))
-            token = self._likeliest(self._model(torch.tensor([flat]), past_key_values=cache, logits_to_keep=1))
+            token = self._likeliest(self._model(self._tokens(flat), past_key_values=cache, logits_to_keep=1))
         yield token
         for _ in range(new_tokens - 1):
             with torch.inference_mode():
-                token = self._likeliest(self._step(torch.tensor([[token]]), past_key_values=cache, logits_to_keep=1))
+                token = self._likeliest(self._step(self._tokens([token]), past_key_values=cache, logits_to_keep=1))
             yield token
 
     def logits(self, ids: Ids) -> Floats:
         """Token ids [1, T] or [T] → logits [T, V] float32."""
         with torch.inference_mode():
-            found: Floats = self._model(torch.from_numpy(np.asarray(ids).reshape(1, -1))).logits[0].float().numpy()
+            found: Floats = self._model(self._tokens(ids)).logits[0].float().cpu().numpy()
         return _finite(found, self.folder)
+
+    def _tokens(self, ids: Ids | Sequence[int]) -> torch.Tensor:
+        """[1, T], where the model is."""
+        return torch.as_tensor(np.asarray(ids).reshape(1, -1), device=self._model.device)
 
     def _likeliest(self, out: Any) -> int:
         values = out.logits[0, -1].float()

@@ -27,8 +27,8 @@ F32, F16, Q4_0, Q8_0, I32, I64, BF16 = 0, 1, 2, 8, 26, 27, 30
 PREC_F32 = 10
 ROPE_NORMAL, ROPE_HALVES = 0, 2
 """Which dimensions rotate together: neighbours, or one of the first half with one of the second ("NeoX")."""
-CPU, GPU = 0, 1
-"""Kinds of devices."""
+CPU, GPUS = 0, (1, 2)
+"""Kinds of devices; a GPU has memory of its own, or shares the processor's."""
 USAGE_WEIGHTS = 1
 MAX_DIMS = 4
 
@@ -93,7 +93,9 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "ggml_gallocr_alloc_graph": (c_bool, _P, _P),
     "ggml_gallocr_get_buffer_size": (c_size_t, _P, c_int),
     # devices
-    "ggml_backend_dev_by_type": (_P, c_int),
+    "ggml_backend_dev_count": (c_size_t,),
+    "ggml_backend_dev_get": (_P, c_size_t),
+    "ggml_backend_dev_type": (c_int, _P),
     "ggml_backend_dev_name": (c_char_p, _P),
     "ggml_backend_dev_init": (_P, _P, c_char_p),
     "ggml_backend_dev_buffer_type": (_P, _P),

@@ -18,7 +18,6 @@ import numpy as np
 from edgec.errors import CheckpointError, NumericsError, UsageError, VerificationError
 from edgec.gguf_header import GgufHeader, read_header
 from edgec.runtime.ggml import MODEL_FILE
-from edgec.runtime.ggml.library import CPU
 from edgec.runtime.ggml.network import read_network
 from edgec.runtime.ggml.program import SELFTEST_IDS, SELFTEST_LOGITS, SELFTEST_TOKENS
 from edgec.runtime.ggml.session import CHUNK, Session
@@ -55,20 +54,20 @@ class GgmlModel:
         cache: str = "f16",
         chunk: int = CHUNK,
         pack: bool = True,
-        device: int = CPU,
         selftest: bool = True,
     ) -> None:
         """Loads a folder with `model.factored.gguf`, or one .gguf file.
 
         flash: flash attention; cache: "f16" or "q8_0"; chunk: most tokens of one prefill graph; pack: weights as the
-        fastest kernels read them; device: `library.CPU` or `library.GPU` (no GPU has been tried yet).
+        fastest kernels read them.
         Raises CheckpointError, UnsupportedModelError, RuntimeUnavailableError, VerificationError (the self-test).
         """
         self.folder = Path(folder)
         self.path = self.folder / MODEL_FILE if self.folder.is_dir() else self.folder
         header = read_header(self.path)
         network = read_network(header)
-        self.device = Device((options or RuntimeOptions()).thread_count(), device)
+        options = options or RuntimeOptions()
+        self.device = Device(options.thread_count(), options.gpu)
         bundles = {name: bundle.cores for name, bundle in network.bundles.items()}
         weights = Weights(self.device, header, network.uses(), bundles, pack=pack)
         self.session = Session(
@@ -76,7 +75,7 @@ class GgmlModel:
             network,
             weights,
             flash=flash,
-            cache=(options or RuntimeOptions()).kv_cache or cache,
+            cache=options.kv_cache or cache,
             chunk=chunk,
         )
         self.vocab_size, self.context_length = network.config.vocab, network.config.context

@@ -12,7 +12,6 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from edgec.errors import RuntimeUnavailableError
-from edgec.runtime.ggml.library import CPU
 from edgec.runtime.ggml.tensors import Buffer, Context, Device, Tensor
 
 _ALIGNMENT = 64
@@ -48,7 +47,7 @@ class Input:
         self.tensor = context.new(kind, *ne)
         self._memory: Memory | None = None
         count = int(device.lib.nbytes(self.tensor)) // np.dtype(dtype).itemsize
-        if device.kind == CPU:
+        if device.on_cpu:
             self._memory = Memory(device, dtype, count)
             self._memory.hold(self.tensor)
             self.values = self._memory.values
@@ -67,7 +66,7 @@ class Output:
 
     def __init__(self, device: Device, count: int) -> None:
         self.device = device
-        self._memory = Memory(device, np.float32, count) if device.kind == CPU else None
+        self._memory = Memory(device, np.float32, count) if device.on_cpu else None
         self.values: NDArray[np.float32] = self._memory.values if self._memory else np.empty(count, np.float32)
 
     def take(self, tensor: Tensor) -> bool:

@@ -15,7 +15,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from edgec.errors import CheckpointError, RuntimeUnavailableError
-from edgec.runtime.ggml.library import CPU, GPU, MAX_DIMS, InitParams, Library, TensorHead, library
+from edgec.runtime.ggml.library import CPU, GPUS, MAX_DIMS, InitParams, Library, TensorHead, library
 
 Tensor = int
 
@@ -74,16 +74,13 @@ class Buffer:
 
 
 class Device:
-    """Where the graphs run. kind: `CPU` or `GPU` (the wheel's CUDA, Vulkan or Metal back end, where it has one)."""
+    """Where the graphs run: the CPU, or a GPU of the wheel's CUDA, Vulkan or Metal back end, where it has one."""
 
-    def __init__(self, threads: int, kind: int = CPU) -> None:
-        """Raises RuntimeUnavailableError where the wheel has no such device."""
+    def __init__(self, threads: int, gpu: int | None = None) -> None:
+        """gpu: its number among ggml's GPUs, None for the CPU. Raises RuntimeUnavailableError where there is none."""
         self.lib = lib = library()
-        self.kind, self.threads = kind, threads
-        self.device = lib.backend_dev_by_type(kind)
-        if not self.device:
-            built = "CUDA, Vulkan or Metal" if kind == GPU else "the CPU back end"
-            raise RuntimeUnavailableError(f"this llama-cpp-python has no such device; build it with {built}")
+        self.threads, self.on_cpu = threads, gpu is None
+        self.device = self._find(gpu)
         self.name: str = lib.backend_dev_name(self.device).decode()
         self.backend: int = lib.backend_dev_init(self.device, None)
         if not self.backend:
@@ -92,6 +89,17 @@ class Device:
         self.memory: int = lib.backend_dev_buffer_type(self.device)
         if set_threads := self._procedure(b"ggml_backend_set_n_threads", None, c_void_p, c_int):
             set_threads(self.backend, threads)
+
+    def _find(self, gpu: int | None) -> int:
+        lib, kinds = self.lib, (CPU,) if gpu is None else GPUS
+        listed = [lib.backend_dev_get(index) for index in range(lib.backend_dev_count())]
+        found: list[int] = [device for device in listed if lib.backend_dev_type(device) in kinds]
+        if (gpu or 0) >= len(found):
+            what = "no CPU back end" if gpu is None else f"{len(found)} GPUs and was asked for number {gpu}"
+            raise RuntimeUnavailableError(
+                f"this llama-cpp-python has {what}; build it with GGML_CUDA, GGML_VULKAN or GGML_METAL for GPUs"
+            )
+        return found[gpu or 0]
 
     def packed_memory(self) -> list[int]:
         """Buffer types in which weights lie as the fastest kernels of this CPU read them, best first; not AMX's, whose

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from edgec.errors import CheckpointError
 from edgec.gguf_header import GgufHeader, GgufTensor
-from edgec.runtime.ggml.library import CPU, USAGE_WEIGHTS
+from edgec.runtime.ggml.library import USAGE_WEIGHTS
 from edgec.runtime.ggml.tensors import Buffer, Context, Device, Tensor
 
 logger = logging.getLogger(__name__)
@@ -98,7 +98,7 @@ class Weights:
         self._contexts: list[Context] = []
         self._stored = {name: _Stored((header.tensors[name],)) for name in uses}
         self._asked: dict[tuple[int, tuple[int, ...]], int | None] = {}
-        self._pack = pack and device.kind == CPU
+        self._pack = pack and device.on_cpu
         uses = self._bundled(uses, bundles or {})
         packed = {name: memory for name, use in uses.items() if use.product and (memory := self._packing(name))}
         self._file = header.path.open("rb", buffering=0)
@@ -116,7 +116,7 @@ class Weights:
             n for n, u in uses.items() if len(self._stored[n].shape) == 2 and (n in packed or not u.product)
         ]
         unpacked = {n: u for n, u in uses.items() if u.plain or n not in packed}
-        if device.kind == CPU:
+        if device.on_cpu:
             self._map_tensors(unpacked)
         else:
             self._copy(list(unpacked), device.memory, self._plain)
@@ -127,7 +127,7 @@ class Weights:
         for memory in dict.fromkeys(packed.values()):
             self._copy([n for n in largest_first if packed[n] == memory], memory, self._product)
         self.forget_rows()
-        self.packed_bytes = sum(b.nbytes for b in self._buffers[1:]) if device.kind == CPU else 0
+        self.packed_bytes = sum(b.nbytes for b in self._buffers[1:]) if device.on_cpu else 0
 
     def has(self, bundle: str) -> bool:
         """Can this bundle be multiplied with (`product`)?"""
@@ -164,7 +164,7 @@ class Weights:
             if not stored.stackable or any(uses[name] != Use(product=True) for name in names):
                 continue
             self._stored[bundle] = stored
-            if self._packing(bundle) or self.device.kind != CPU or stored.adjacent:
+            if self._packing(bundle) or not self.device.on_cpu or stored.adjacent:
                 found[bundle] = Use(product=True)
                 for name in names:
                     del found[name]

@@ -1,0 +1,96 @@
+"""The GPU device on machines without a GPU: every runtime refuses, none computes on the CPU instead.
+
+A stand-in for nvidia-smi says what a driver would. Where there is a GPU, the last test measures on it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+from pathlib import Path
+
+import pytest
+from models_for_tests import write_causal_lm
+
+from edgec.bench.baselines import _torch_peer
+from edgec.bench.devices import cuda, file, open_device
+from edgec.bench.harness import BenchSettings, Contestant, run_bench
+from edgec.bench.worker import loader_of
+from edgec.errors import BenchError, RuntimeUnavailableError, UsageError
+from edgec.runtime.options import RuntimeOptions
+
+QUICK = BenchSettings(rounds=1, samples=1, warmup=0, min_sample_s=0.0, batch=2, threads=1, timeout_s=120)
+here = pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="this machine has a GPU")
+
+
+@pytest.fixture
+def driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An nvidia-smi with one GPU."""
+    path = tmp_path / "bin" / "nvidia-smi"
+    path.parent.mkdir()
+    path.write_text(
+        '#!/bin/sh\ncase "$*" in\n'
+        '*--id=0*) echo "NVIDIA Imaginary, 24576 MiB, 999.1" ;;\n'
+        '*) echo "No devices were found"; exit 6 ;;\nesac\n'
+    )
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", str(path.parent), prepend=os.pathsep)
+    return path
+
+
+@here
+def test_without_a_driver_nothing_is_opened_and_all_that_lacks_is_told() -> None:
+    with pytest.raises(BenchError, match=r"nvidia-smi is not on PATH"):
+        open_device("cuda")
+    missing = file("cuda").needs()
+    assert any("driver" in line for line in missing)
+    assert any("onnxruntime-gpu" in line for line in missing)
+
+
+def test_names_that_are_no_gpu() -> None:
+    for bad in ("cuda:x", "cuda:-1", "cuda:0;ls", "cuda:999", "cuda:64"):
+        with pytest.raises(UsageError, match="GPU number N"):
+            open_device(bad)
+
+
+@pytest.mark.usefixtures("driver")
+def test_what_the_driver_says_is_the_machine() -> None:
+    device = open_device("cuda:0")
+    assert device.name == "cuda:0"
+    told = device.describe()
+    assert (told["processor"], told["memory"]) == ("NVIDIA Imaginary (CUDA)", "24576 MiB on the GPU")
+    assert "999.1" in told["system"]
+    with pytest.raises(BenchError, match="no such GPU"):
+        open_device("cuda:1")
+
+
+@here
+@pytest.mark.usefixtures("driver")
+def test_a_row_fails_rather_than_computing_on_the_cpu(encoder_folder: Path, lm_folder: Path) -> None:
+    """The same files are measured on the CPU just before, so it is the GPU that lacks."""
+    for folder, why in ((encoder_folder, "onnxruntime-gpu"), (lm_folder, "onnxruntime-genai-cuda")):
+        (row,) = run_bench([Contestant("a", folder)], QUICK, device=open_device("local"))
+        assert row.metrics
+        with pytest.raises(BenchError, match=f"nothing could be measured.*{why}"):
+            run_bench([Contestant("a", folder)], QUICK, device=open_device("cuda"))
+
+
+@here
+def test_torch_and_ggml_refuse_too(tmp_path: Path) -> None:
+    (tmp_path / "peer").mkdir()
+    _torch_peer.build(write_causal_lm(tmp_path / "lm"), tmp_path / "peer", compiled=False, dtype="float16")
+    with pytest.raises(RuntimeUnavailableError, match="torch has 0 CUDA GPUs"):
+        loader_of(tmp_path / "peer").load(tmp_path / "peer", RuntimeOptions(gpu=0))
+    with pytest.raises(UsageError, match="named by its number"):
+        RuntimeOptions(gpu=-1)
+
+
+@pytest.mark.skipif(shutil.which("nvidia-smi") is None, reason="needs an NVIDIA GPU and a torch that has it")
+def test_a_gpu_is_measured(tmp_path: Path) -> None:
+    if not cuda._torch():
+        pytest.skip("this torch was built without CUDA")
+    (tmp_path / "peer").mkdir()
+    _torch_peer.build(write_causal_lm(tmp_path / "lm"), tmp_path / "peer", compiled=False, dtype="float16")
+    (row,) = run_bench([Contestant("a", tmp_path / "peer", "causal-lm")], QUICK, device=open_device("cuda"))
+    assert row.metrics["decode_tok_s"].value > 0
