@@ -31,7 +31,7 @@ from edgec.export.targets import get_target, offered
 from edgec.modeling import DECODER_TASK, Layer
 from edgec.plan import advice, hardware, verdict
 from edgec.plan.advice import Advice, Alternative, Desk, Limits
-from edgec.plan.budget import parse_budget
+from edgec.plan.budget import parse_budget, parse_time
 from edgec.plan.costs import Costs, Facts, Ram, Rate, parameters_that_fit
 from edgec.plan.kv_cache import CacheShape, Memory, kv_bytes
 from edgec.plan.planner import Sizes, constrained_plan
@@ -53,7 +53,6 @@ _GGUF_CHUNK = 512
 _ITEMS, _ITEM_CHARACTERS = 200, 400
 """Held-out text that causal LMs of different tokenizers are compared on: items, and characters of each."""
 
-_LATENCY = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s)", re.IGNORECASE)
 _SHARE = re.compile(r"(\d+(?:\.\d+)?)\s*%")
 
 
@@ -89,15 +88,6 @@ def parse_ram(text: str, option: str = "--ram") -> float:
     return budget.value
 
 
-def parse_latency(text: str) -> float:
-    """Milliseconds of "30ms" or "0.5s". Raises UsageError."""
-    match = _LATENCY.fullmatch(text.strip())
-    value = float(match[1]) * (1e3 if match[2].lower() == "s" else 1.0) if match else 0.0
-    if not value > 0:
-        raise UsageError(f"--latency {text!r}: expected a time per token or sentence, for example 30ms or 0.5s")
-    return value
-
-
 def parse_loss(text: str, task: str) -> float:
     """The acceptance line in the planner's unit: 1 − cosine, or the KL that a relative perplexity increase is.
     Raises UsageError.
@@ -114,7 +104,7 @@ def advise(request: AdviceRequest, progress: pipeline.Progress) -> Advice:
     ram, target = parse_ram(request.ram), get_target(request.target)
     host = parse_ram(request.host_ram, "--host-ram") if request.host_ram is not None else 0.0
     pooled = parse_ram(request.pooled_ram, "--pooled-ram") if request.pooled_ram is not None else 0.0
-    latency = parse_latency(request.latency) if request.latency is not None else None
+    latency = parse_time(request.latency, "--latency") if request.latency is not None else None
     row = hardware.of_target(target)
     workspace = Workspace(request.model, request.calibration)
     if target.artifact.startswith("gguf"):

@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from edgec.errors import EdgecError, RecipeError
-from edgec.export.targets import all_targets, get_target
+from edgec.export.targets import all_targets, get_target, parse_arithmetic
 from edgec.heal.settings import parse_heal
 from edgec.plan.acceptance import parse_max_loss
-from edgec.plan.budget import parse_budget
+from edgec.plan.budget import parse_budget, parse_time
 from edgec.plan.files import read_yaml, refuse_unknown
 from edgec.plan.planner import constrained_plan
+from edgec.plan.refine import parse_search
 
 T = TypeVar("T")
 
@@ -29,44 +30,45 @@ _CONSTRAINTS = ("uniform:", "dense:")
 """What a plan that is no file begins with."""
 
 
+_ANSWERS = {"budget", "max_loss", "plan"}
+"""What decides how small: one of them at a time."""
+
+
 @dataclass(frozen=True)
 class Recipe:
     """What one export should be. A field that is None is left to the command line, or to the target's default.
 
-    target: a name from `edgec targets`. budget: as typed after --budget. max_loss: as typed after --max-loss. plan: a
-    constraint ("uniform:0.5") or the path of a plan file. heal: as typed after --heal. calibration: a .txt or .jsonl
-    file. description: for the reader.
+    target: a name from `edgec targets`. plan: a constraint ("uniform:0.5") or the path of a plan file. calibration: a
+    .txt or .jsonl file. description: for the reader. Every other field is as typed after the option of its name.
     """
 
     version: int = RECIPE_VERSION
     target: str | None = None
     budget: str | None = None
     max_loss: str | None = None
+    max_latency: str | None = None
     plan: str | None = None
+    search: str | None = None
     heal: str | None = None
+    heal_method: str | None = None
+    seed: int | None = None
+    arithmetic: str | None = None
     calibration: Path | None = None
     description: str = ""
 
-    def merged(
-        self,
-        *,
-        target: str | None = None,
-        budget: str | None = None,
-        max_loss: str | None = None,
-        plan: str | None = None,
-        calibration: Path | None = None,
-        heal: str | None = None,
-    ) -> Recipe:
+    def merged(self, **options: str | int | Path | None) -> Recipe:
         """The recipe with every option that is not None in place of its own value.
 
         Budget, max_loss and plan answer the same question: an option for one of them drops what the recipe says of the
-        others.
+        others; a plan drops its max_latency too, which caps what is planned.
         """
-        answers = {"budget": budget, "max_loss": max_loss, "plan": plan}
-        given = {"target": target, **answers, "calibration": calibration, "heal": heal}
-        answered = any(value is not None for value in answers.values())
-        kept = replace(self, budget=None, max_loss=None, plan=None) if answered else self
-        return replace(kept, **{key: value for key, value in given.items() if value is not None})  # type: ignore[arg-type]
+        given = {name: value for name, value in options.items() if value is not None}
+        dropped: set[str] = set()
+        if given.keys() & _ANSWERS:
+            dropped |= _ANSWERS
+        if "plan" in given:
+            dropped.add("max_latency")
+        return replace(self, **(dict.fromkeys(dropped) | given))  # type: ignore[arg-type]
 
 
 def read_recipe(path: Path) -> Recipe:
@@ -86,14 +88,21 @@ def read_recipe(path: Path) -> Recipe:
             f"{path}: names both plan and budget; a plan already decides every layer, so keep one of them "
             "(`edgec plan --budget` makes a plan that fits)"
         )
+    if "max_latency" in body and "plan" in body:
+        raise RecipeError(f"{path}: a plan already decides every layer; leave max_latency out")
     target = _target(path, body)
     return Recipe(
         version=RECIPE_VERSION,
         target=target,
         budget=_budget(path, body),
         max_loss=_max_loss(path, body),
+        max_latency=_as_typed(path, body, "max_latency", lambda text: parse_time(text, "")),
         plan=_plan(path, body, target),
-        heal=_heal(path, body),
+        search=_as_typed(path, body, "search", parse_search),
+        heal=_as_typed(path, body, "heal", parse_heal),
+        heal_method=_as_typed(path, body, "heal_method", lambda text: parse_heal("off", method=text)),
+        seed=_seed(path, body),
+        arithmetic=_as_typed(path, body, "arithmetic", parse_arithmetic),
         calibration=_calibration(path, body),
         description=_text(path, body, "description") or "",
     )
@@ -129,9 +138,21 @@ def _max_loss(path: Path, body: Mapping[str, Any]) -> str | None:
     return None if text is None else _checked(path, "max_loss", lambda: parse_max_loss(text).text)
 
 
-def _heal(path: Path, body: Mapping[str, Any]) -> str | None:
-    text = _text(path, body, "heal")
-    return None if text is None else _checked(path, "heal", lambda: str(parse_heal(text)))
+def _as_typed(path: Path, body: Mapping[str, Any], key: str, parse: Callable[[str], object]) -> str | None:
+    """What would be typed after an option, if its own parser takes it."""
+    text = _text(path, body, key)
+    if text is not None:
+        _checked(path, key, lambda: parse(text))
+    return text
+
+
+def _seed(path: Path, body: Mapping[str, Any]) -> int | None:
+    if "seed" not in body:
+        return None
+    value = body["seed"]
+    if type(value) is not int or value < 0:
+        raise RecipeError(f"{path}: seed: expected a whole number from 0 on, got {value!r:.40}")
+    return value
 
 
 def _calibration(path: Path, body: Mapping[str, Any]) -> Path | None:
@@ -164,7 +185,7 @@ def _checked(path: Path, key: str, check: Callable[[], T]) -> T:
     try:
         return check()
     except EdgecError as error:
-        reason = str(error).removeprefix("--").removeprefix(f"{key} ")
+        reason = str(error).strip().removeprefix("--").removeprefix(f"{key} ")
         raise RecipeError(f"{path}: {key}: {reason}") from error
 
 

@@ -158,15 +158,11 @@ def test_encoders_are_no_gguf(capsys: pytest.CaptureFixture[str], encoder_source
 
 def test_sizes_times_and_losses_as_people_type_them() -> None:
     assert (advise.parse_ram("2GB"), advise.parse_ram("1.5GiB")) == (2e9, 1.5 * 2**30)
-    assert (advise.parse_latency("30ms"), advise.parse_latency("0.5 s")) == (30, 500)
     assert advise.parse_loss("2%", "feature-extraction") == pytest.approx(0.02)
     assert advise.parse_loss("1%", "text-generation") == pytest.approx(0.00995, abs=1e-5)
     for text in ("2", "0.3", "4bpw", "GB", "-1GB", "0MB"):
         with pytest.raises(UsageError, match=r"--ram .*512MB, 2GB"):
             advise.parse_ram(text)
-    for text in ("30", "ms", "0ms", "-1ms", "1min"):
-        with pytest.raises(UsageError, match=r"--latency .*30ms or 0\.5s"):
-            advise.parse_latency(text)
     for text in ("1", "0%", "101%", "x"):
         with pytest.raises(UsageError, match=r"--max-loss .*1% or 2\.5%"):
             advise.parse_loss(text, "feature-extraction")

@@ -585,12 +585,3 @@ def test_gguf_types_are_priced_one_by_one(monkeypatch: pytest.MonkeyPatch) -> No
         name: goal.pace.ms(make_choice(layer, Spec("dense"), CoreFormat.parse(name))) for name in ("q4_k", "iq4_xs")
     }
     assert 2 < ms["iq4_xs"] / ms["q4_k"] < 4
-
-
-@pytest.mark.parametrize(("text", "ms"), [("5ms", 5.0), ("0.5 s", 500.0), ("5", None), ("0ms", None), ("-1ms", None)])
-def test_latencies_are_times(text: str, ms: float | None) -> None:
-    if ms is None:
-        with pytest.raises(UsageError, match="--max-latency"):
-            pace.parse_latency(text)
-    else:
-        assert pace.parse_latency(text) == ms

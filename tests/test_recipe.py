@@ -59,6 +59,20 @@ def test_every_field_is_read(tmp_path: Path) -> None:
     )
     expected = Recipe(target="onnx-arm64", budget="4bpw-linear", heal="off", calibration=text, description="why")
     assert read_recipe(path) == expected
+    path = write(
+        tmp_path,
+        "version: 1\nmax_loss: 2%\nmax_latency: 5ms\nsearch: anneal:10min\nheal: 300steps\nheal_method: lora\n"
+        "seed: 7\narithmetic: packed\n",
+    )
+    assert read_recipe(path) == Recipe(
+        max_loss="2%",
+        max_latency="5ms",
+        search="anneal:10min",
+        heal="300steps",
+        heal_method="lora",
+        seed=7,
+        arithmetic="packed",
+    )
     assert read_recipe(write(tmp_path, "version: 1")) == Recipe()
 
 
@@ -130,6 +144,15 @@ def test_a_named_file_must_exist_as_written(
         ("version: 1\nplan: dense:int5-b32", "plan: unknown core format 'int5-b32'"),
         ("version: 1\nplan: uniform:0.5\nbudget: 4bpw", "names both plan and budget"),
         ("version: 1\nheal: always", "heal: always: expected auto, off, a time"),
+        ("version: 1\nmax_latency: 5", "max_latency: expected a string, got a number"),
+        ("version: 1\nmax_latency: 0ms", "max_latency: '0ms': expected a time"),
+        ("version: 1\nmax_latency: 5ms\nplan: uniform:0.5", "a plan already decides every layer"),
+        ("version: 1\nsearch: random", "search: 'random': expected one of none, greedy, anneal"),
+        ("version: 1\nheal_method: qlora", "heal_method: healing method 'qlora': expected full or lora"),
+        ("version: 1\nseed: -1", "seed: expected a whole number from 0 on, got -1"),
+        ("version: 1\nseed: true", "seed: expected a whole number from 0 on, got True"),
+        ("version: 1\nseed: '7'", "seed: expected a whole number from 0 on, got '7'"),
+        ("version: 1\narithmetic: fp8", "arithmetic: is int8 or packed, got 'fp8'"),
         ("version: 1\nheal: 10", "heal: expected a string, got a number"),
         ("version: 1\nmax_loss: 200%", "max_loss: max loss '200%': expected a share"),
         ("version: 1\nmax_loss: 1%\nbudget: 4bpw", "max_loss is instead of a budget or a plan"),
@@ -178,6 +201,9 @@ def test_options_override() -> None:
 def test_a_budget_option_drops_the_recipes_plan_and_the_other_way_round() -> None:
     assert Recipe(plan="uniform:0.5").merged(budget="4bpw") == Recipe(budget="4bpw")
     assert Recipe(budget="4bpw").merged(plan="uniform:0.5") == Recipe(plan="uniform:0.5")
+    capped = Recipe(budget="4bpw", max_latency="5ms", seed=3)
+    assert capped.merged(plan="uniform:0.5") == Recipe(plan="uniform:0.5", seed=3)
+    assert capped.merged(budget="5bpw", seed=0) == Recipe(budget="5bpw", max_latency="5ms", seed=0)
     both = Recipe(budget="4bpw").merged(plan="uniform:0.5", budget="12MB")
     assert (both.plan, both.budget) == ("uniform:0.5", "12MB"), "both given as options: not the recipe's to judge"
 

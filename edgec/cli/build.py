@@ -12,6 +12,7 @@ import typer
 from edgec import console
 from edgec.cli.options import (
     BUDGET_HELP,
+    SEARCH_HELP,
     Calibration,
     Force,
     Json,
@@ -39,19 +40,21 @@ def export(
         str | None, typer.Option(help="plan.yaml, or a constraint: uniform:0.5[:FORMAT], dense:FORMAT")
     ] = None,
     recipe: Annotated[
-        Path | None, typer.Option(help="YAML with target; budget, max_loss or plan; heal; calibration")
+        Path | None, typer.Option(help="YAML with any of these settings; options given beside it win")
     ] = None,
     calibration: Calibration = None,
     profile: ProfileOption = None,
     max_loss: MaxLoss = None,
     max_latency: MaxLatency = None,
-    search: SearchOption = "greedy",
+    search: Annotated[str | None, typer.Option(help=SEARCH_HELP + "; default: greedy")] = None,
     heal: Annotated[
         str | None, typer.Option(help="distil the dense model into the compressed one: auto, off, 10min, 300steps")
     ] = None,
-    heal_method: Annotated[str, typer.Option(help="full, or lora: a low-rank change of every core")] = "full",
+    heal_method: Annotated[
+        str | None, typer.Option(help="full (the default), or lora: a low-rank change of every core")
+    ] = None,
     device: Annotated[str, typer.Option(help="where healing runs: cpu, cuda")] = "cpu",
-    seed: Seed = 0,
+    seed: Annotated[int | None, typer.Option(help="of every random choice; default: 0")] = None,
     plain: Annotated[bool, typer.Option("--plain", help="fit a --plan without activations (speed tests)")] = False,
     arithmetic: Annotated[
         str | None,
@@ -78,28 +81,39 @@ def export(
     from edgec.recipe import Recipe, read_recipe
 
     wanted = (read_recipe(recipe) if recipe else Recipe()).merged(
-        target=target, budget=budget, max_loss=max_loss, plan=plan, calibration=calibration, heal=heal
+        target=target,
+        budget=budget,
+        max_loss=max_loss,
+        max_latency=max_latency,
+        plan=plan,
+        search=search,
+        heal=heal,
+        heal_method=heal_method,
+        seed=seed,
+        arithmetic=arithmetic,
+        calibration=calibration,
     )
     if wanted.target is None:
         raise UsageError("--target is missing; `edgec targets` lists them")
     folder = output or Path(f"{model.resolve().name}-{wanted.target}")
     healing = "off" if wanted.plan else "auto"  # who names every layer's form wants that form, as it is
+    chosen = wanted.seed or 0
     request = pipeline.ExportRequest(
         model=model,
         target=wanted.target,
         out=folder,
         budget=wanted.budget,
         max_loss=wanted.max_loss,
-        max_latency=max_latency,
+        max_latency=wanted.max_latency,
         plan=wanted.plan,
         calibration=wanted.calibration,
         profile=profile,
-        heal=parse_heal(wanted.heal or healing, method=heal_method, device=device, seed=seed),
-        search=parse_search(search, seed),
+        heal=parse_heal(wanted.heal or healing, method=wanted.heal_method or "full", device=device, seed=chosen),
+        search=parse_search(wanted.search or "greedy", chosen),
         plain=plain,
         quality=not no_quality,
         force=force,
-        arithmetic=arithmetic,
+        arithmetic=wanted.arithmetic,
     )
     started = time.perf_counter()
     with console.progress() as bars:
@@ -161,9 +175,8 @@ def plan(
 ) -> None:
     """Decide the form of every layer under a budget, and write YAML to read, edit and give to `compress --plan`."""
     from edgec import outputs, pipeline
-    from edgec.pipeline.pace import parse_latency
     from edgec.plan.acceptance import parse_max_loss
-    from edgec.plan.budget import parse_budget
+    from edgec.plan.budget import parse_budget, parse_time
     from edgec.plan.files import write_plan
     from edgec.plan.refine import parse_search
     from edgec.records import as_dict
@@ -175,7 +188,7 @@ def plan(
         parse_budget(budget) if budget else None,
         parse_max_loss(max_loss) if max_loss else None,
         parse_search(search, seed),
-        parse_latency(max_latency) if max_latency else None,
+        parse_time(max_latency, "--max-latency") if max_latency else None,
     )
     with console.progress() as bars:
         made = pipeline.plan(model, target, goal, profile_folder=profile, calibration=calibration, progress=bars)

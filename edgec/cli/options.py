@@ -67,9 +67,8 @@ MaxLatency = Annotated[
     str | None,
     typer.Option("--max-latency", help="most time of the planned layers, as kernels timed here predict it: 5ms"),
 ]
-SearchOption = Annotated[
-    str, typer.Option("--search", help="none, greedy, or anneal with its time: anneal:10min (plans are measured)")
-]
+SEARCH_HELP = "none, greedy, or anneal with its time: anneal:10min (plans are measured)"
+SearchOption = Annotated[str, typer.Option("--search", help=SEARCH_HELP)]
 Seed = Annotated[int, typer.Option(help="of every random choice")]
 BUDGET_HELP = "12MB (the whole folder), 0.3 (of dense fp16), 4bpw (total) or 4bpw-linear (block linears; rest int8)"
 

@@ -5,8 +5,9 @@ needs a judgement from further on (a plan wants its end-to-end loss) it gets a c
 """
 
 from edgec.errors import EdgecError
-from edgec.pipeline.exporting import Exported, ExportRequest, export
+from edgec.pipeline.exporting import Exported, export
 from edgec.pipeline.refit import refitted
+from edgec.pipeline.request import ExportRequest
 from edgec.pipeline.stages import (
     Goal,
     Progress,

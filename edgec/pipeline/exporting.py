@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,11 @@ from edgec.errors import BudgetError, PlanError, UsageError
 from edgec.export.artifacts import ArtifactKind, Written, kind_of
 from edgec.export.targets import get_target, offered
 from edgec.fit import Factors
-from edgec.heal.settings import HealSettings
 from edgec.modeling import DECODER_TASK
 from edgec.pipeline.from_compressed import from_compressed, reconstructed_folder, ships_as_it_is
-from edgec.pipeline.pace import paced, parse_latency
+from edgec.pipeline.pace import paced
 from edgec.pipeline.refit import fit_from_profile, refitted
+from edgec.pipeline.request import ExportRequest, goal_of, refuse_int8, target_of
 from edgec.pipeline.stages import (
     Goal,
     Progress,
@@ -36,12 +36,12 @@ from edgec.pipeline.stages import (
     silent,
 )
 from edgec.pipeline.verified import Product, shipped_loss, verified_manifest
-from edgec.plan.acceptance import Line, parse_max_loss
-from edgec.plan.budget import Budget, parse_budget
+from edgec.plan.acceptance import Line
+from edgec.plan.budget import Budget
 from edgec.plan.planner import Sizes, finalists, plan_of
-from edgec.plan.refine import Evaluate, Search, key_of
+from edgec.plan.refine import Evaluate, key_of
 from edgec.profile.store import Profile
-from edgec.records import ARITHMETICS, MANIFEST_NAME, Plan, Target
+from edgec.records import MANIFEST_NAME, Plan, Target
 from edgec.workspace import Workspace
 
 logger = logging.getLogger(__name__)
@@ -53,32 +53,6 @@ _TIGHTER = 0.97
 _HEAT_SHARE = 0.12
 """Share of the healing that each finalist gets before the best goes on alone."""
 _FINALISTS = 3
-
-
-@dataclass(frozen=True)
-class ExportRequest:
-    """What `edgec export` was asked for. plan: a YAML file or a constraint; profile: a folder made by `edgec profile`;
-    plain: fit a given plan without activations (no calibration run; for speed tests). quality: measure the result
-    on held-out text; off only for random weights, whose quality means nothing. max_loss: a line ("1%") in place of a
-    budget. max_latency: most time of the planned layers ("5ms"). arithmetic: of an ONNX encoder, in place of the
-    target's own.
-    """
-
-    model: Path
-    target: str
-    out: Path
-    budget: str | None = None
-    plan: str | None = None
-    calibration: Path | None = None
-    profile: Path | None = None
-    max_loss: str | None = None
-    max_latency: str | None = None
-    heal: HealSettings = field(default_factory=HealSettings)
-    search: Search = field(default_factory=Search)
-    plain: bool = False
-    quality: bool = True
-    force: bool = False
-    arithmetic: str | None = None
 
 
 @dataclass(frozen=True)
@@ -101,7 +75,7 @@ class _Export:
 
     def run(self, goal: Goal) -> Product:
         request, workspace = self.request, self.workspace
-        _refuse_int8(request, workspace)
+        refuse_int8(request, workspace)
         self.kind.refuse_unsupported(workspace.checkpoint, workspace.task)
         workspace.require_finite()
         if request.plan is not None:
@@ -328,8 +302,8 @@ class _Export:
 
 def export(request: ExportRequest, progress: Progress = silent) -> Exported:
     """Everything: the folder that a runtime loads, verified, with its manifest; whole or not at all."""
-    target = _target(request)
-    goal = _goal(request, target)
+    target = target_of(request)
+    goal = goal_of(request, target)
     outputs.check_free(request.out, force=request.force)
     kind = kind_of(target)
     compressed = store.is_compressed(request.model)
@@ -349,7 +323,7 @@ def export(request: ExportRequest, progress: Progress = silent) -> Exported:
         if compressed:
             request = replace(request, quality=False)  # its dense original is not here to compare with
             workspace, made, factors = from_compressed(request.model, request.out, request.calibration, target, work)
-            _refuse_int8(request, workspace)
+            refuse_int8(request, workspace)
             draft = kind.prepare(workspace.checkpoint, workspace.task, work)
             written = _write(kind, workspace.checkpoint, draft, factors, target, stage, progress)
             product = Product(made, factors, written, workspace.checkpoint)
@@ -365,39 +339,6 @@ def export(request: ExportRequest, progress: Progress = silent) -> Exported:
         if goal.budget is not None and product.plan.budget == str(goal.budget):
             _require_within(goal.budget, stage, product.written)
     return Exported(request.out, product.plan, manifest)
-
-
-def _target(request: ExportRequest) -> Target:
-    """The target, multiplying as the request says. Raises UsageError where it has no say in that."""
-    target = get_target(request.target)
-    if request.arithmetic is None:
-        return target
-    if request.arithmetic not in ARITHMETICS:
-        raise UsageError(f"--arithmetic is {' or '.join(ARITHMETICS)}, got {request.arithmetic!r}")
-    if target.artifact != "onnx":
-        raise UsageError(f"--arithmetic is for ONNX encoders; {target.name} writes {target.artifact} files")
-    return replace(target, encoder_arithmetic=request.arithmetic)
-
-
-def _refuse_int8(request: ExportRequest, workspace: Workspace) -> None:
-    if request.arithmetic == "int8" and workspace.task == DECODER_TASK:
-        raise UsageError("--arithmetic int8 is for encoders; a decoder multiplies one row, as packed weights want")
-
-
-def _goal(request: ExportRequest, target: Target) -> Goal:
-    if request.plan and (request.budget or request.max_loss):
-        raise UsageError(
-            "--plan already decides every layer; leave --budget and --max-loss out, or make a plan that fits with "
-            "`edgec plan --budget`"
-        )
-    if request.plan and request.max_latency:
-        raise UsageError("--plan already decides every layer; leave --max-latency out")
-    max_ms = parse_latency(request.max_latency) if request.max_latency else None
-    if request.max_loss:
-        if request.budget:
-            raise UsageError("--budget limits the size and --max-loss the loss; give one of them")
-        return Goal(line=parse_max_loss(request.max_loss), search=request.search, max_ms=max_ms)
-    return Goal(parse_budget(request.budget or target.default_budget), search=request.search, max_ms=max_ms)
 
 
 def _require_within(budget: Budget, stage: Path, written: Written) -> None:

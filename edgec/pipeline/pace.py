@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from dataclasses import replace
 from functools import partial
 
@@ -20,17 +19,6 @@ logger = logging.getLogger(__name__)
 
 _UNSTEADY = 0.4
 """Misfit of a cost model beyond which times are more noise than price; an idle machine has 0.1 to 0.2."""
-
-_TIME = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s)")
-
-
-def parse_latency(text: str) -> float:
-    """"5ms" → 5.0 [ms]. Raises UsageError."""
-    match = _TIME.fullmatch(text.strip().lower())
-    value = float(match[1]) * (1000 if match[2] == "s" else 1) if match else 0.0
-    if not value > 0:
-        raise UsageError(f"--max-latency {text}: expected a time such as 5ms")
-    return value
 
 
 def paced(goal: Goal, target: Target, task: str, progress: Progress) -> Goal:

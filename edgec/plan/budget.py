@@ -10,6 +10,7 @@ from edgec.errors import UsageError
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMG]I?B)", re.IGNORECASE)
+_TIME = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s)", re.IGNORECASE)
 _BPW = re.compile(r"(\d+(?:\.\d+)?)bpw(-linear)?", re.IGNORECASE)
 
 
@@ -82,3 +83,12 @@ def parse_budget(text: str) -> Budget:
             "(4bpw, 4bpw-linear)"
         )
     return budget
+
+
+def parse_time(text: str, option: str) -> float:
+    """Milliseconds of "30ms" or "0.5s". option: what it was typed after. Raises UsageError."""
+    match = _TIME.fullmatch(text.strip())
+    value = float(match[1]) * (1e3 if match[2].lower() == "s" else 1.0) if match else 0.0
+    if not value > 0:
+        raise UsageError(f"{option} {text!r}: expected a time, for example 30ms or 0.5s")
+    return value

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgec.errors import UsageError
-from edgec.plan.budget import parse_budget
+from edgec.plan.budget import parse_budget, parse_time
 
 
 @pytest.mark.parametrize(
@@ -85,3 +85,14 @@ def test_the_floor_that_is_named_is_enough(kind: str, wanted: int, parameters: i
         return
     leaves = named.linear_bytes(parameters) if named.kind == "linear" else named.model_bytes(parameters, files)
     assert leaves >= wanted - 1e-6 * wanted
+
+
+@pytest.mark.parametrize(
+    ("text", "ms"), [("5ms", 5), ("30MS", 30), ("0.5 s", 500), ("5", None), ("ms", None), ("0ms", None), ("-1ms", None)]
+)
+def test_times_as_people_type_them(text: str, ms: float | None) -> None:
+    if ms is None:
+        with pytest.raises(UsageError, match=r"--max-latency .*expected a time, for example 30ms or 0\.5s"):
+            parse_time(text, "--max-latency")
+    else:
+        assert parse_time(text, "--max-latency") == ms

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from edgec import plugins
 from edgec.errors import UsageError
-from edgec.records import Target
+from edgec.records import ARITHMETICS, Target
 
 
 def all_targets() -> dict[str, Target]:
@@ -21,6 +21,13 @@ def get_target(name: str) -> Target:
     if name not in targets:
         raise UsageError(f"unknown target {name!r}; known: {', '.join(sorted(targets))}")
     return targets[name]
+
+
+def parse_arithmetic(text: str) -> str:
+    """How an ONNX encoder is to multiply: one of `ARITHMETICS`. Raises UsageError."""
+    if text not in ARITHMETICS:
+        raise UsageError(f"--arithmetic is {' or '.join(ARITHMETICS)}, got {text!r}")
+    return text
 
 
 def offered(target: Target, *, encoder: bool) -> Target:
