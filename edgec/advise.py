@@ -47,8 +47,8 @@ _LM_CONTEXT, _SENTENCE = 2048, 32
 _NODE_BYTES, _NODES_PER_BLOCK = 420, 40
 """First guess of the graph beside the tensors [bytes per node], as the exporter makes it before it writes the file."""
 
-_GGUF_CHUNK = 512
-"""Most tokens of a prompt that llama.cpp, and at most what edgec's runtime, reads at once [tokens]."""
+_CHUNKS = {"gguf": 512, "gguf_adapter": 512, "gguf_factored": 128}
+"""Most tokens that llama.cpp, and edgec's ggml runtime, read at once, by artifact [tokens]; onnxruntime reads all."""
 
 _ITEMS, _ITEM_CHARACTERS = 200, 400
 """Held-out text that causal LMs of different tokenizers are compared on: items, and characters of each."""
@@ -107,7 +107,7 @@ def advise(request: AdviceRequest, progress: pipeline.Progress) -> Advice:
     latency = parse_time(request.latency, "--latency") if request.latency is not None else None
     row = hardware.of_target(target)
     workspace = Workspace(request.model, request.calibration)
-    if target.artifact.startswith("gguf"):
+    if target.artifact in _CHUNKS:
         refuse_unsupported(workspace.checkpoint, workspace.task)
     target = offered(target, encoder=workspace.task != DECODER_TASK)
     limits = Limits(ram, latency, parse_loss(request.max_loss, workspace.task), request.max_loss)
@@ -187,8 +187,8 @@ def facts_of(workspace: Workspace, request: AdviceRequest) -> Facts:
     planned = sum(a.shape[0] * a.shape[1] for a in layers if a.tied_to is None)
     parameters = {id(p): p.numel() for p in modeling.skeleton(workspace.checkpoint).parameters()}
     total = sum(parameters.values())
-    gguf = get_target(request.target).artifact.startswith("gguf")
-    graph = 0 if gguf else _NODE_BYTES * (_NODES_PER_BLOCK * sizes.layers + 4 * len(layers))
+    artifact = get_target(request.target).artifact
+    graph = 0 if artifact in _CHUNKS else _NODE_BYTES * (_NODES_PER_BLOCK * sizes.layers + 4 * len(layers))
     return Facts(
         name=workspace.folder.resolve().name,
         task=workspace.task,
@@ -201,7 +201,7 @@ def facts_of(workspace: Workspace, request: AdviceRequest) -> Facts:
         context=context,
         batch=request.batch,
         other_bytes=4 * max(0, total - planned) + graph,
-        chunk=_GGUF_CHUNK if gguf else 0,
+        chunk=_CHUNKS.get(artifact, 0),
     )
 
 
@@ -216,24 +216,29 @@ def measure_costs(facts: Facts, layers: Sequence[Layer], target: Target, row: ha
     firsts: dict[int, str] = {32: "fp32", 16: "fp16"}
     for name in target.dense_formats:
         firsts.setdefault(CoreFormat.parse(name).bits, name)
-    if target.artifact.startswith("gguf"):
+    named: list[str] = []
+    if target.artifact in _CHUNKS:
+        named = list(target.dense_formats)
+        asked = list(dict.fromkeys((*firsts.values(), *named)))
         llama_cpp = target.artifact != "gguf_factored"
-        told = kernels_ggml.measure(list(firsts.values()), shape, rows, mapped=llama_cpp, threads=threads)
+        told = kernels_ggml.measure(asked, shape, rows, mapped=llama_cpp, threads=threads)
     else:
         task = CAUSAL_LM if facts.cache is not None else ENCODER
         int8 = target.multiplies_in_int8(encoder=task == ENCODER)
         write = partial(write_stack, accuracy_level=target.accuracy_level, int8=int8)
         told = kernels.measure(task, list(firsts.values()), shape, weights, rows, write, threads)
     here = hardware.detect()
+    rates = {name: Rate(rate.ns_per_weight, rate.overhead) for name, rate in told.rates.items()}
     return Costs(
         told.empty_rss_bytes,
         told.session_bytes,
-        {bits: Rate(told.rates[name].ns_per_weight, told.rates[name].overhead) for bits, name in firsts.items()},
+        {bits: rates[name] for bits, name in firsts.items()},
         rows,
         next(iter(told.rates.values())).threads,
         f"{here.processor or 'CPU'} ({here.hardware.name})",
         hardware.runs_here(row),
         told.load,
+        {name: rates[name] for name in named},
     )
 
 
@@ -249,6 +254,10 @@ def read_measured(path: Path, task: str, row: hardware.Hardware) -> list[dict[st
     try:
         system, found = str(body["machine"]["system"]).lower(), []
         for entry in body["measurements"]:
+            if str(entry["device"]).startswith("cuda"):
+                raise UsageError(
+                    f"--measured {path}: {entry['contestant']!r} was measured on a GPU, and no target is for one"
+                )
             if entry["task"] != (CAUSAL_LM if task == DECODER_TASK else ENCODER):
                 raise UsageError(f"--measured {path}: {entry['contestant']!r} is a {entry['task']}, MODEL is not")
             if entry["metrics"]:

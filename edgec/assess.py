@@ -17,7 +17,6 @@ from edgec.bench.harness import BenchSettings, Contestant, check_names, run_benc
 from edgec.bench.worker import loader_of, tool_of
 from edgec.calibration import DECODER_LENGTH
 from edgec.checkpoint import open_checkpoint
-from edgec.compress.store import is_compressed
 from edgec.contestants import ExportCost, ShapeRequest, of_shape, peers, smaller
 from edgec.errors import CheckpointError, UsageError
 from edgec.evaluate.embeddings import (
@@ -36,6 +35,7 @@ from edgec.plan import hardware
 from edgec.records import Measurement
 from edgec.runtime.artifact import open_artifact
 from edgec.runtime.interfaces import CAUSAL_LM, ENCODER
+from edgec.runtime.layout import is_compressed
 from edgec.runtime.options import RuntimeOptions
 from edgec.runtime.ort_encoder import OrtEncoder
 from edgec.workspace import Workspace
@@ -141,7 +141,7 @@ def _entrants(path: Path, kv_caches: Sequence[str], machine: str) -> list[Contes
     notes: tuple[str, ...] = ()
     if hardware.misplaced(target, machine):
         notes = (f"exported for {target}, measured on another kind of processor",)
-    if path.is_dir() and is_compressed(path):
+    if is_compressed(path):
         task = ENCODER if task_of(open_checkpoint(path)) == ENCODER_TASK else CAUSAL_LM
         return [Contestant(path.name, path, task, notes=(*notes, _IN_TORCH))]
     plain = Contestant(path.name, path, notes=notes)

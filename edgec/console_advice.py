@@ -129,10 +129,11 @@ def _budget(out: Console, found: Advice) -> None:
     out.print(shown)
     for alternative in found.budget.alternatives:
         _note(out, f"{alternative.name}: {'; '.join(_sum(alternative))}")
-    costs = found.costs
+    costs, named = found.costs, found.costs.named
+    by_bits = sorted(costs.rates.items(), reverse=True)
+    shown_rates = {f"{bits} bits": rate for bits, rate in by_bits if bits > 8 or not named} | dict(named)
     rates = ", ".join(
-        f"{bits} bits {rate.ns:.3g} ns and {rate.overhead:.2f} resident bytes a byte"
-        for bits, rate in sorted(costs.rates.items(), reverse=True)
+        f"{what} {rate.ns:.3g} ns and {rate.overhead:.2f} resident bytes a byte" for what, rate in shown_rates.items()
     )
     _note(
         out,

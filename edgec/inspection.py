@@ -110,8 +110,13 @@ def verify_files(path: Path, manifest: Mapping[str, Any]) -> None:
 
 
 def plan_of(path: Path) -> Plan:
-    """The plan in an artifact's manifest. Raises CheckpointError."""
-    return _plan(path, _manifest(path))
+    """The plan of an artifact, or of what `edgec compress` wrote. Raises CheckpointError."""
+    manifest = _manifest(path)
+    if manifest.get("kind") == "artifact":
+        return _plan(path, manifest)
+    from edgec.compress.store import open_compressed
+
+    return open_compressed(path).plan
 
 
 def healing_curve_of(path: Path) -> tuple[tuple[float, int, float], ...]:

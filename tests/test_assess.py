@@ -170,7 +170,9 @@ def test_a_compressed_folder_is_measured_in_torch(
     assert invoke(capsys, "compress", lm_source, "--plan", "uniform:0.5", *common, "-o", folder).code == 0
     assert invoke(capsys, "export", folder, *common, "-o", exported).code == 0
     words = (folder, exported, "--model", lm_source, "--calibration", text_file, *LM_ROUND)
-    torch_row, onnx_row = _json(capsys, "bench", *words)["measurements"]
+    page = tmp_path / "report.html"
+    torch_row, onnx_row = _json(capsys, "bench", *words, "--report", page)["measurements"]
+    assert "uniform:0.5" in page.read_text(encoding="utf-8")  # the plan of the first one
     assert torch_row["metrics"]["decode_tok_s"]["value"] > 0
     assert any("factored in torch" in note for note in torch_row["notes"])
     assert torch_row["artifact_bytes"] == (folder / "model.safetensors").stat().st_size

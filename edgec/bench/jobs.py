@@ -17,8 +17,6 @@ from edgec.errors import BenchError
 JOB_VERSION = 1
 PEER_FILE = "peer.json"
 """In a folder that another tool runs, for comparison: {"loader": a file of edgec.bench.loaders, …}."""
-MANIFEST_FILE, COMPRESSED = "edgec.json", "compressed"
-"""The file and the kind in it that mark what `edgec compress` wrote; `edgec.records` does not travel to devices."""
 TAILS = ("step_p95_ms", "item_p95_ms")
 """Slow ones among many: one decode step, one sentence. They scatter by nature, so no spread makes them unsettled."""
 METRICS = (

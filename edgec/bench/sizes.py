@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from edgec.bench.jobs import COMPRESSED, MANIFEST_FILE, PEER_FILE
+from edgec.bench.jobs import PEER_FILE
 from edgec.errors import BenchError
-from edgec.runtime.layout import inside, optional_json
+from edgec.runtime.layout import inside, is_compressed, optional_json
 
 MODEL_FILES = ("model.onnx", "model.gguf", "model.factored.gguf")
 ADAPTER_FILE = "adapter.gguf"
@@ -37,7 +37,7 @@ def artifact_bytes(folder: Path) -> int:
     folder that another tool runs, the weight files of the checkpoint that it names; of what `edgec compress` wrote,
     its own.
     """
-    if optional_json(folder / MANIFEST_FILE).get("kind") == COMPRESSED:
+    if is_compressed(folder):
         return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     if (folder / PEER_FILE).is_file():
         checkpoint = optional_json(folder / PEER_FILE).get("checkpoint")

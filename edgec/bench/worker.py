@@ -23,11 +23,11 @@ from typing import IO, Any, cast
 from edgec import plugins
 from edgec.bench import energy, roofline
 from edgec.bench.energy import Meter
-from edgec.bench.jobs import COMPRESSED, MANIFEST_FILE, PEER_FILE, Job
+from edgec.bench.jobs import PEER_FILE, Job
 from edgec.errors import BenchError, EdgecError
 from edgec.runtime.artifact import Loader, find_loader
 from edgec.runtime.interfaces import CAUSAL_LM, ENCODER, CausalLM, Encoder
-from edgec.runtime.layout import optional_json, read_json
+from edgec.runtime.layout import is_compressed, read_json
 from edgec.runtime.options import RuntimeOptions, one_per_core
 
 TORCH = "torch_models"
@@ -71,7 +71,7 @@ def measure(job: Job, say: Callable[..., None]) -> None:
         return
     loader = loader_of(folder)
     versions = loader.prepare()
-    meter, told = energy.find()
+    meter, told = energy.find() if job.gpu is None else (None, "the GPU's is not measured")
     say("ready", runtime_rss_bytes=memory()[0], versions={**versions, "energy": told})
     started = time.perf_counter()
     options = RuntimeOptions(job.threads, cast(Any, job.spin), kv_cache=job.kv_cache, gpu=job.gpu)
@@ -120,7 +120,7 @@ def tool_of(folder: Path) -> str:
     """
     if (folder / PEER_FILE).is_file():
         return str(read_json(folder / PEER_FILE).get("loader"))
-    return TORCH if optional_json(folder / MANIFEST_FILE).get("kind") == COMPRESSED else ""
+    return TORCH if is_compressed(folder) else ""
 
 
 def _encoder_sampler(model: Encoder, job: Job, meter: Meter | None) -> Callable[[float], dict[str, float]]:

@@ -68,7 +68,7 @@ def run(
     seed: Annotated[int | None, typer.Option(min=0, help="of --sample")] = None,
     threads: Annotated[int, typer.Option(help="0: all physical cores")] = 0,
     kv_cache: KvCache = "",
-    gpu: Annotated[int | None, typer.Option(help="number of the GPU to run on; default: the CPU")] = None,
+    gpu: Annotated[int | None, typer.Option(min=0, help="number of the GPU to run on; default: the CPU")] = None,
     as_json: Json = False,
 ) -> None:
     """Generate text (causal LM) or print how similar sentences are (encoder; --json for the vectors)."""

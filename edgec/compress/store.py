@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from edgec import modeling
-from edgec.checkpoint import Checkpoint, open_checkpoint
+from edgec.checkpoint import Checkpoint, open_checkpoint, read_json
 from edgec.companions import copy_companions
 from edgec.compress.apply import apply_factors
 from edgec.contraction import core_shapes
@@ -47,7 +47,7 @@ class Compressed:
 def is_compressed(folder: Path) -> bool:
     """Does config.json carry edgec's mark?"""
     config = folder / "config.json"
-    return config.is_file() and _CONFIG_KEY in open_checkpoint(folder).config
+    return config.is_file() and _CONFIG_KEY in read_json(config)
 
 
 def save_compressed(

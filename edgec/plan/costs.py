@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from edgec.contraction import core_shapes, flops
 from edgec.fit import contraction_of
 from edgec.plan.kv_cache import CacheShape
-from edgec.quantize.formats import LayerFormat
+from edgec.quantize.formats import CoreFormat, LayerFormat
 from edgec.records import Choice, Plan
 
 BUSY = 1.2
@@ -37,8 +37,9 @@ class Costs:
     """What a runtime costs on the machine that was measured.
 
     empty_bytes: resident, runtime imported and nothing loaded. session_bytes: what a session without weights adds.
-    rates: bits → Rate. rows: of x in one step, for which the times hold. machine: for the reader. native: the machine
-    is of the target's class; if not, its times say nothing about the target. load: runnable processes per core.
+    rates: bits → Rate. named: name of a format → Rate, where formats of equal bits have kernels of their own. rows: of x
+    in one step, for which the times hold. machine: for the reader. native: the machine is of the target's class; if
+    not, its times say nothing about the target. load: runnable processes per core.
     """
 
     empty_bytes: int
@@ -49,6 +50,7 @@ class Costs:
     machine: str
     native: bool
     load: float = 0.0
+    named: Mapping[str, Rate] = field(default_factory=dict)
 
     @property
     def busy(self) -> bool:
@@ -60,6 +62,10 @@ class Costs:
         nearest = min(self.rates, key=lambda known: (abs(math.log2(known / bits)), known))
         return self.rates[nearest]
 
+    def rate_of(self, fmt: CoreFormat) -> Rate:
+        """The rate of a format, or else of its bits."""
+        return self.named.get(str(fmt)) or self.rate(fmt.bits)
+
     def milliseconds(self, choice: Choice) -> float:
         """Time of one layer in one step; a table is looked up, which costs next to nothing."""
         if choice.role == "embedding":
@@ -67,14 +73,14 @@ class Costs:
         contraction = contraction_of(choice.spec, choice.shape, choice.role)
         fmt = LayerFormat.parse(choice.format)
         sizes = {core: math.prod(shape) for core, shape in core_shapes(contraction).items()}
-        ns = sum(size * self.rate(fmt.of(core).bits).ns for core, size in sizes.items()) / max(1, sum(sizes.values()))
+        ns = sum(size * self.rate_of(fmt.of(core)).ns for core, size in sizes.items()) / max(1, sum(sizes.values()))
         return flops(contraction) / 2 * ns / 1e6
 
     def resident(self, choice: Choice) -> float:
         """Bytes in memory that a layer's stored bytes become. Tables are mapped and read in place."""
         if choice.role == "embedding" or not choice.bytes:
             return float(choice.bytes)
-        return choice.bytes * self.rate(LayerFormat.parse(choice.format).of("backbone").bits).overhead
+        return choice.bytes * self.rate_of(LayerFormat.parse(choice.format).of("backbone")).overhead
 
 
 @dataclass(frozen=True)
@@ -101,7 +107,8 @@ class Facts:
         """Live tensors of one block at fp32 while the longest input is read, and the logits that come of it: those of
         the last token, which are all that generating needs (`edgec.runtime.layout.FIRST_LOGITS`).
         """
-        rows = min(self.context, self.chunk or self.context) * self.batch
+        whole = self.context * self.batch
+        rows = min(whole, self.chunk or whole)
         block = rows * (4 * self.width + 2 * self.widest)
         scores = 0 if self.cache else 2 * self.batch * self.heads * self.context**2
         return 4 * (block + scores + self.batch * self.vocabulary)

@@ -55,6 +55,7 @@ class Hardware:
 
 
 _FACTS_CPU = "onnxruntime contrib MatMulNBits: 2, 4 and 8 bits run on CPU, 3 are refused; measured with 1.31"
+_GGML_CPU = "ggml-cpu"
 _GGML = "ggml/src/ggml-cpu (quants, repack) of llama-cpp-python 0.3.36; timed by edgec.bench.microbench_ggml"
 _TE = "NVIDIA Transformer Engine, datatype and hardware support matrix, by compute capability"
 _TRT = "NVIDIA TensorRT-LLM 0.18 support matrix, precision by SM"
@@ -127,7 +128,7 @@ HARDWARE: Mapping[str, Hardware] = {
             _KV_CPU,
         ),
         Hardware(
-            "ggml-cpu",
+            _GGML_CPU,
             "CPU with AVX2 or dot-product instructions, on ggml's kernels",
             "",
             (
@@ -180,7 +181,7 @@ HARDWARE: Mapping[str, Hardware] = {
 _FOR_TARGET = {
     "onnx-x64": "x86-64-avx2",
     "onnx-arm64": "arm64-dotprod",
-    **dict.fromkeys(("gguf", "gguf-adapter", "gguf-factored"), "ggml-cpu"),
+    **dict.fromkeys(("gguf", "gguf-adapter", "gguf-factored"), _GGML_CPU),
 }
 """Target → the least capable class of hardware that its formats are chosen for."""
 
@@ -231,8 +232,11 @@ def executes(hardware: Hardware, core_format: str, *, lookup: bool = False) -> b
     """
     if "+" in core_format:
         return all(executes(hardware, part, lookup=lookup) for part in core_format.split("+"))
-    ggml = GgmlFormat.named(core_format)
-    family, _, rest = core_format.partition("-") if ggml is None else (f"int{ggml.bits}", "", "")
+    family, _, rest = core_format.partition("-")
+    if (ggml := GgmlFormat.named(core_format)) is not None:
+        if hardware.name != _GGML_CPU:
+            return False  # its types are read by no other runtime
+        family = f"int{ggml.bits}"
     if family in ("fp32", "fp16"):
         return True
     found = hardware.support(family)

@@ -14,6 +14,9 @@ from edgec.gguf_header import is_gguf, read_header
 FORMAT_KEY = "edgec.format"
 """Metadata key of factored GGUF files: the version of their layout."""
 
+MANIFEST_FILE, COMPRESSED = "edgec.json", "compressed"
+"""The file and the kind in it that mark what `edgec compress` wrote; `edgec.records` does not travel to devices."""
+
 FIRST_LOGITS = "edgec.first_logits"
 """Input with a default of the decoder graphs that edgec exports, int64 [1]: the first position whose logits are
 computed. Left out, only the last one's are, which is all that generating needs; 0 gives those of every position."""
@@ -38,6 +41,11 @@ def read_json(path: Path) -> dict[str, Any]:
 def optional_json(path: Path) -> dict[str, Any]:
     """The same, {} when the file does not exist."""
     return read_json(path) if path.is_file() else {}
+
+
+def is_compressed(folder: Path) -> bool:
+    """Did `edgec compress` write this folder? No runtime loads it; torch does where edgec is installed."""
+    return optional_json(folder / MANIFEST_FILE).get("kind") == COMPRESSED
 
 
 def gguf_file(path: Path, *, factored: bool) -> bool:

@@ -331,8 +331,8 @@ def sampler_chain(lib: Any, sampling: dict[str, Any] | None, vocab_size: int) ->
 
 
 def model_params(lib: Any, *, vocab_only: bool = False, gpu: int | None = None) -> Any:
-    """llama.cpp's own parameters for a model on the CPU, without what crashes there (`uses_amx`), or whole on a GPU.
-    Raises RuntimeUnavailableError.
+    """llama.cpp's own parameters for a model on the CPU, without what crashes there (`uses_amx`), or for a GPU, with
+    every layer on it (the table of tokens stays in the processor's memory). Raises RuntimeUnavailableError.
     """
     params = lib.llama_model_default_params()
     params.n_gpu_layers = 0

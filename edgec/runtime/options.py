@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -31,6 +32,8 @@ _SPIN_ENTRIES: dict[str, dict[str, str]] = {
 MAX_THREADS = 1024
 MAX_GPU = 63
 _CUDA = "CUDAExecutionProvider"
+_PRODUCTS = re.compile(r"MatMul|Gemm|Attention")
+"""Types of nodes that do the work of a transformer."""
 KV_CACHES = ("f16", "q8_0")
 """Types of a GGUF runtime's cache, ggml's names: two bytes a number, or 34 bytes for 32 of them."""
 
@@ -42,8 +45,8 @@ class RuntimeOptions:
     kv_cache: type that keys and values are kept in, for runtimes that let one choose when a model is opened (GGUF): one
     of `KV_CACHES`, or "" for the runtime's own; ONNX graphs state theirs.
     profile: onnxruntime writes which operators ran to a file whose name begins so, when the model is closed; "" none.
-    gpu: number of the GPU that the model runs on, None for the CPU. A runtime that cannot use it raises
-    RuntimeUnavailableError when it loads: it never computes on the CPU instead.
+    gpu: number of the GPU that the model runs on, None for the CPU. A runtime that has no such GPU raises
+    RuntimeUnavailableError when it loads.
     """
 
     threads: int = 0
@@ -144,31 +147,54 @@ def session_options(options: RuntimeOptions) -> onnxruntime.SessionOptions:
 
 
 def open_session(model: Path, options: RuntimeOptions) -> onnxruntime.InferenceSession:
-    """A session on the CPU, or on the GPU that is asked for, which onnxruntime would leave out with no more than a
-    warning where its libraries are not found.
+    """A session on the CPU, or on the GPU that is asked for. onnxruntime by itself would leave that out with no more
+    than a warning where its libraries are not found, and give the CPU every product that it has no CUDA kernel for.
 
-    Raises CheckpointError for a file that onnxruntime refuses, RuntimeUnavailableError without that GPU.
+    Raises CheckpointError for a file that onnxruntime refuses, RuntimeUnavailableError where products would not run on
+    that GPU.
     """
     ort = import_onnxruntime()
     providers: list[Any] = ["CPUExecutionProvider"]
+    settings = session_options(options)
     if options.gpu is not None:
         if _CUDA not in ort.get_available_providers():
             raise RuntimeUnavailableError("this onnxruntime has no CUDA; pip install onnxruntime-gpu in its place")
         providers.insert(0, (_CUDA, {"device_id": str(options.gpu)}))
+        settings.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     try:
-        session = ort.InferenceSession(str(model), session_options(options), providers=providers)
+        session = ort.InferenceSession(str(model), settings, providers=providers, enable_fallback=0)
     except Exception as error:  # onnxruntime raises its own family of exceptions, none of them public
         raise CheckpointError(f"onnxruntime cannot load {model}: {error}") from error
-    if options.gpu is not None and _CUDA not in session.get_providers():
-        raise RuntimeUnavailableError(
-            f"onnxruntime cannot start CUDA on GPU {options.gpu}; check the driver (nvidia-smi) and the CUDA and cuDNN "
-            "libraries that this onnxruntime-gpu was built for"
-        )
+    if options.gpu is not None:
+        _require_on_gpu(session, model, options.gpu)
     return session
 
 
+def _require_on_gpu(session: Any, model: Path, gpu: int) -> None:
+    """Shapes may be computed on the CPU; whatever reads weights may not. Raises RuntimeUnavailableError."""
+    if _CUDA not in session.get_providers():
+        raise RuntimeUnavailableError(
+            f"onnxruntime cannot start CUDA on GPU {gpu}; check the driver (nvidia-smi) and the CUDA and cuDNN "
+            "libraries that this onnxruntime-gpu was built for"
+        )
+    if left := products_elsewhere(session, _CUDA):
+        raise RuntimeUnavailableError(
+            f"{model}: onnxruntime has no CUDA kernel for its {', '.join(left)}, and would compute them on the CPU"
+        )
+
+
+def products_elsewhere(session: Any, provider: str) -> list[str]:
+    """Types of matrix products and attentions that another provider was given. The session must have been made with
+    `session.record_ep_graph_assignment_info`.
+    """
+    given = [part for part in session.get_provider_graph_assignment_info() if part.ep_name != provider]
+    return sorted({n.op_type for part in given for n in part.get_nodes() if _PRODUCTS.search(n.op_type)})
+
+
 def genai_config(folder: Path, options: RuntimeOptions) -> Any:
-    """onnxruntime-genai's Config of a folder with these options. Raises RuntimeUnavailableError without the GPU."""
+    """onnxruntime-genai's Config of a folder with these options; it does not tell which nodes a GPU leaves to the CPU.
+    Raises RuntimeUnavailableError where it was built without CUDA.
+    """
     og = import_genai()
     config = og.Config(str(folder))
     config.overlay(json.dumps(genai_overlay(options)))

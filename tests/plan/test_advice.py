@@ -96,6 +96,9 @@ def test_a_factored_layer_costs_what_its_cores_do() -> None:
     assert COSTS.milliseconds(choice) == pytest.approx(weights * 0.05e-6)
     assert COSTS.resident(choice) == 2 * choice.bytes
     assert COSTS.rate(2) == COSTS.rates[4]  # the nearest that was measured
+    own = replace(COSTS, named={"int4-b32": Rate(0.2, 1.0)})
+    assert own.milliseconds(choice) == pytest.approx(weights * 0.2e-6)
+    assert own.resident(choice) == choice.bytes
 
 
 def test_parameters_that_fit_count_scales_and_packing() -> None:

@@ -1,12 +1,13 @@
-"""An NVIDIA GPU of this machine: `cuda`, `cuda:1`. Every runtime that has a back end for it computes there and nowhere
-else; one that has none fails its row with what to install.
+"""An NVIDIA GPU of this machine: `cuda`, `cuda:1`, numbered as nvidia-smi does.
 
-onnxruntime and onnxruntime-genai need their CUDA wheels, GGUF artifacts a llama-cpp-python built with GGML_CUDA or
-GGML_VULKAN, and torch runs what nothing else does: dense peers and what `edgec compress` wrote, in float16. A time ends
-when the values that it is about have been read back, which waits for everything that was launched before.
+onnxruntime and onnxruntime-genai need their CUDA wheels, GGUF artifacts a llama-cpp-python built with GGML_CUDA, and
+torch runs what nothing else does: dense peers and what `edgec compress` wrote, in float16. A runtime without a back end
+for the GPU fails its row and says what to install. The worker sees this one GPU only (CUDA_VISIBLE_DEVICES, by its
+UUID), because CUDA's own numbers are not nvidia-smi's. A time ends when the values that it is about have been read
+back, which waits for everything that was launched before.
 
 Written against the runtimes' documentation and tested as far as a machine without a GPU allows: that each of them
-refuses instead of computing on the CPU. Not yet tried on hardware, which every row says.
+refuses. Not yet tried on hardware, which every row says.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from edgec.bench.devices._limits import HostLimits
-from edgec.bench.devices.local import LocalDevice
+from edgec.bench.devices.local import LocalDevice, worker_command, worker_environment
 from edgec.bench.jobs import Job
 from edgec.errors import BenchError, EdgecError, UsageError
 from edgec.runtime.options import MAX_GPU, import_genai, import_onnxruntime
@@ -28,7 +29,7 @@ from edgec.subprocesses import Finished, run
 PLUGIN = True
 USAGE = "cuda, cuda:1"
 
-_QUERY = ("name", "memory.total", "driver_version")
+_QUERY = ("name", "uuid", "memory.total", "driver_version")
 _TIMEOUT_S = 30.0
 
 
@@ -43,10 +44,11 @@ def needs() -> tuple[str, ...]:
     missing = []
     if shutil.which("nvidia-smi") is None:
         missing.append("an NVIDIA GPU with its driver (nvidia-smi is not on PATH)")
-    elsewhere = {"onnxruntime-gpu": _onnxruntime, "onnxruntime-genai-cuda": _genai, "torch built for CUDA": _torch}
-    missing += [f"{name}, for what runs on it" for name, there in elsewhere.items() if not there()]
-    if not _ggml():
-        missing.append("a llama-cpp-python built with GGML_CUDA or GGML_VULKAN, for GGUF artifacts")
+    if not any(there() for there in (_onnxruntime, _genai, _ggml, _torch)):
+        missing.append(
+            "a runtime built for it: onnxruntime-gpu, onnxruntime-genai-cuda, a llama-cpp-python with GGML_CUDA, or a "
+            "torch with CUDA"
+        )
     return tuple(missing)
 
 
@@ -55,25 +57,32 @@ class CudaDevice(LocalDevice):
 
     def __init__(self, number: int) -> None:
         super().__init__(HostLimits())
-        self._number = number
-        self._told = _ask(number)
+        self._name, self._uuid, self._memory, self._driver = _ask(number)
         self.name = f"cuda:{number}"
         self.notes = (
             "this kind of device has not been tried on hardware yet",
             "peak RAM is the process's; what lies in the GPU's own memory is not in it",
+            "quality is the CPU's, of a compressed folder in float32",
         )
 
     def describe(self) -> dict[str, str]:
-        name, memory, driver = self._told
+        host = super().describe()
         return {
-            "processor": f"{name} (CUDA)",
-            "memory": f"{memory} on the GPU",
-            "system": f"{platform.system()} {platform.release()}, driver {driver}",
-            "python": platform.python_version(),
+            "processor": f"{self._name} (CUDA)",
+            "memory": f"{self._memory} on the GPU",
+            "host": f"{host['processor']}, {host['cores']}, {host['memory']}",
+            "system": f"{platform.system()}, driver {self._driver}",
+            "python": host["python"],
         }
 
     def measure(self, job: Job, *, timeout_s: float, on_line: Callable[[bytes], bool]) -> Finished:
-        return super().measure(replace(job, gpu=self._number), timeout_s=timeout_s, on_line=on_line)
+        return run(
+            worker_command(),
+            stdin=replace(job, gpu=0).to_json(),
+            env={**worker_environment(job.threads), "CUDA_VISIBLE_DEVICES": self._uuid},
+            timeout_s=timeout_s,
+            on_line=on_line,
+        )
 
 
 def _ask(number: int) -> tuple[str, ...]:
@@ -104,9 +113,9 @@ def _genai() -> bool:
 
 
 def _torch() -> bool:
-    """By its version, which says what it was built for: importing it takes seconds, and no device does."""
+    """By its version, because importing it takes seconds and no device does. Wheels for Linux without CUDA say so."""
     try:
-        return "+cpu" not in importlib.metadata.version("torch")
+        return platform.system() == "Linux" and "+cpu" not in importlib.metadata.version("torch")
     except importlib.metadata.PackageNotFoundError:
         return False
 

@@ -68,12 +68,17 @@ class LocalDevice:
 
     def measure(self, job: Job, *, timeout_s: float, on_line: Callable[[bytes], bool]) -> Finished:
         return run(
-            [sys.executable, "-P", "-m", "edgec.bench.worker"],
+            worker_command(),
             stdin=replace(job, cores=self._limits.cores, ram_limit_bytes=self._limits.ram_bytes).to_json(),
             env=worker_environment(job.threads),
             timeout_s=timeout_s,
             on_line=on_line,
         )
+
+
+def worker_command() -> list[str]:
+    """The worker as a child of this process."""
+    return [sys.executable, "-P", "-m", "edgec.bench.worker"]
 
 
 def worker_environment(threads: int) -> dict[str, str]:

@@ -25,7 +25,6 @@ from numpy.typing import NDArray
 from edgec.bench.jobs import PEER_FILE, Job
 from edgec.calibration import load_tokenizer
 from edgec.checkpoint import Checkpoint, open_checkpoint
-from edgec.compress.store import is_compressed
 from edgec.compress.store import load as load_compressed
 from edgec.errors import CheckpointError, NumericsError, RuntimeUnavailableError
 from edgec.evaluate.embeddings import embed_batch, torch_embedder
@@ -33,7 +32,7 @@ from edgec.modeling import ENCODER_TASK, load_dense, task_of
 from edgec.pooling import Pooling, read_pooling
 from edgec.runtime import ort_encoder
 from edgec.runtime.interfaces import CAUSAL_LM, ENCODER, CausalLM, Encoder, Floats, Ids
-from edgec.runtime.layout import read_json
+from edgec.runtime.layout import is_compressed, read_json
 from edgec.runtime.options import RuntimeOptions, refuse_kv_cache
 from edgec.runtime.prompts import check_prompt
 
@@ -65,7 +64,8 @@ def load(folder: Path, options: RuntimeOptions) -> TorchEncoder | TorchCausalLM:
         checkpoint = open_checkpoint(folder)
         model = load_compressed(folder)
         if options.gpu is not None:
-            model = model.to(torch.float16)
+            for parameter in model.parameters():  # not buffers: rotary frequencies need their bits
+                parameter.data = parameter.data.to(torch.float16)
     kind = TorchEncoder if task_of(checkpoint) == ENCODER_TASK else TorchCausalLM
     return kind(folder, checkpoint, model.to(device), compiled=compiled)
 

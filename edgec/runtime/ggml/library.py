@@ -27,8 +27,8 @@ F32, F16, Q4_0, Q8_0, I32, I64, BF16 = 0, 1, 2, 8, 26, 27, 30
 PREC_F32 = 10
 ROPE_NORMAL, ROPE_HALVES = 0, 2
 """Which dimensions rotate together: neighbours, or one of the first half with one of the second ("NeoX")."""
-CPU, GPUS = 0, (1, 2)
-"""Kinds of devices; a GPU has memory of its own, or shares the processor's."""
+CPU, GPU, INTEGRATED_GPU = 0, 1, 2
+"""Kinds of devices."""
 USAGE_WEIGHTS = 1
 MAX_DIMS = 4
 

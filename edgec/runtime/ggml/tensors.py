@@ -15,7 +15,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from edgec.errors import CheckpointError, RuntimeUnavailableError
-from edgec.runtime.ggml.library import CPU, GPUS, MAX_DIMS, InitParams, Library, TensorHead, library
+from edgec.runtime.ggml.library import CPU, GPU, INTEGRATED_GPU, MAX_DIMS, InitParams, Library, TensorHead, library
 
 Tensor = int
 
@@ -77,7 +77,10 @@ class Device:
     """Where the graphs run: the CPU, or a GPU of the wheel's CUDA, Vulkan or Metal back end, where it has one."""
 
     def __init__(self, threads: int, gpu: int | None = None) -> None:
-        """gpu: its number among ggml's GPUs, None for the CPU. Raises RuntimeUnavailableError where there is none."""
+        """gpu: its number among ggml's GPUs (integrated ones where there is no other), None for the CPU.
+
+        Raises RuntimeUnavailableError where there is none.
+        """
         self.lib = lib = library()
         self.threads, self.on_cpu = threads, gpu is None
         self.device = self._find(gpu)
@@ -91,15 +94,19 @@ class Device:
             set_threads(self.backend, threads)
 
     def _find(self, gpu: int | None) -> int:
-        lib, kinds = self.lib, (CPU,) if gpu is None else GPUS
+        lib = self.lib
         listed = [lib.backend_dev_get(index) for index in range(lib.backend_dev_count())]
-        found: list[int] = [device for device in listed if lib.backend_dev_type(device) in kinds]
-        if (gpu or 0) >= len(found):
-            what = "no CPU back end" if gpu is None else f"{len(found)} GPUs and was asked for number {gpu}"
-            raise RuntimeUnavailableError(
-                f"this llama-cpp-python has {what}; build it with GGML_CUDA, GGML_VULKAN or GGML_METAL for GPUs"
-            )
-        return found[gpu or 0]
+        kinds = [lib.backend_dev_type(device) for device in listed]
+        wanted = CPU if gpu is None else GPU if GPU in kinds else INTEGRATED_GPU
+        found: list[int] = [device for device, kind in zip(listed, kinds, strict=True) if kind == wanted]
+        if (gpu or 0) < len(found):
+            return found[gpu or 0]
+        if gpu is None:
+            raise RuntimeUnavailableError("this llama-cpp-python has no CPU back end; install it anew")
+        raise RuntimeUnavailableError(
+            f"this llama-cpp-python has {len(found)} GPUs and was asked for number {gpu}; build it with GGML_CUDA, "
+            "GGML_VULKAN or GGML_METAL for GPUs"
+        )
 
     def packed_memory(self) -> list[int]:
         """Buffer types in which weights lie as the fastest kernels of this CPU read them, best first; not AMX's, whose

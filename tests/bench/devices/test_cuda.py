@@ -16,9 +16,12 @@ from models_for_tests import write_causal_lm
 from edgec.bench.baselines import _torch_peer
 from edgec.bench.devices import cuda, file, open_device
 from edgec.bench.harness import BenchSettings, Contestant, run_bench
+from edgec.bench.jobs import Job
 from edgec.bench.worker import loader_of
 from edgec.errors import BenchError, RuntimeUnavailableError, UsageError
-from edgec.runtime.options import RuntimeOptions
+from edgec.plan.hardware import misplaced
+from edgec.runtime.options import RuntimeOptions, import_onnxruntime, products_elsewhere, session_options
+from edgec.subprocesses import Finished
 
 QUICK = BenchSettings(rounds=1, samples=1, warmup=0, min_sample_s=0.0, batch=2, threads=1, timeout_s=120)
 here = pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="this machine has a GPU")
@@ -31,7 +34,7 @@ def driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path.parent.mkdir()
     path.write_text(
         '#!/bin/sh\ncase "$*" in\n'
-        '*--id=0*) echo "NVIDIA Imaginary, 24576 MiB, 999.1" ;;\n'
+        '*--id=0*) echo "NVIDIA Imaginary, GPU-1234, 24576 MiB, 999.1" ;;\n'
         '*) echo "No devices were found"; exit 6 ;;\nesac\n'
     )
     path.chmod(path.stat().st_mode | stat.S_IXUSR)
@@ -45,7 +48,6 @@ def test_without_a_driver_nothing_is_opened_and_all_that_lacks_is_told() -> None
         open_device("cuda")
     missing = file("cuda").needs()
     assert any("driver" in line for line in missing)
-    assert any("onnxruntime-gpu" in line for line in missing)
 
 
 def test_names_that_are_no_gpu() -> None:
@@ -61,8 +63,37 @@ def test_what_the_driver_says_is_the_machine() -> None:
     told = device.describe()
     assert (told["processor"], told["memory"]) == ("NVIDIA Imaginary (CUDA)", "24576 MiB on the GPU")
     assert "999.1" in told["system"]
+    assert misplaced("onnx-x64", " ".join(told.values()))
+    assert not misplaced("gguf", " ".join(told.values()))
     with pytest.raises(BenchError, match="no such GPU"):
         open_device("cuda:1")
+
+
+@pytest.mark.usefixtures("driver")
+def test_the_worker_sees_that_gpu_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA numbers GPUs otherwise than nvidia-smi: the UUID is what both know."""
+    seen: list[tuple[int | None, str]] = []
+
+    def run(argv: list[str], *, stdin: bytes, env: dict[str, str], **_: object) -> Finished:
+        seen.append((Job.from_json(stdin).gpu, env["CUDA_VISIBLE_DEVICES"]))
+        return Finished(tuple(argv), 0, b"", b"", 0.1)
+
+    device = open_device("cuda:0")
+    monkeypatch.setattr(cuda, "run", run)
+    device.measure(Job("x", "encoder", 1), timeout_s=1, on_line=lambda line: True)
+    assert seen == [(0, "GPU-1234")]
+
+
+def test_products_on_another_provider_are_found(encoder_folder: Path) -> None:
+    """The CPU's own nodes stand for what a GPU leaves to it: all of them are elsewhere, none is where it was asked."""
+    settings = session_options(RuntimeOptions(threads=1))
+    settings.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    session = import_onnxruntime().InferenceSession(
+        str(encoder_folder / "model.onnx"), settings, providers=["CPUExecutionProvider"]
+    )
+    assert products_elsewhere(session, "CPUExecutionProvider") == []
+    nodes = [node.op_type for part in session.get_provider_graph_assignment_info() for node in part.get_nodes()]
+    assert products_elsewhere(session, "CUDAExecutionProvider") == sorted({n for n in nodes if "MatMul" in n})
 
 
 @here
@@ -77,7 +108,7 @@ def test_a_row_fails_rather_than_computing_on_the_cpu(encoder_folder: Path, lm_f
 
 
 @here
-def test_torch_and_ggml_refuse_too(tmp_path: Path) -> None:
+def test_torch_refuses_too(tmp_path: Path) -> None:
     (tmp_path / "peer").mkdir()
     _torch_peer.build(write_causal_lm(tmp_path / "lm"), tmp_path / "peer", compiled=False, dtype="float16")
     with pytest.raises(RuntimeUnavailableError, match="torch has 0 CUDA GPUs"):
