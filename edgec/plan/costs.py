@@ -37,8 +37,8 @@ class Costs:
     """What a runtime costs on the machine that was measured.
 
     empty_bytes: resident, runtime imported and nothing loaded. session_bytes: what a session without weights adds.
-    rates: bits → Rate. named: name of a format → Rate, where formats of equal bits have kernels of their own. rows: of x
-    in one step, for which the times hold. machine: for the reader. native: the machine is of the target's class; if
+    rates: bits → Rate. named: name of a format → Rate, where formats of equal bits have kernels of their own. rows: of
+    x in one step, for which the times hold. machine: for the reader. native: the machine is of the target's class; if
     not, its times say nothing about the target. load: runnable processes per core.
     """
 
