@@ -17,6 +17,7 @@ from edgec.quantize.ggml_formats import EXACT, NUMBERS, real_type
 from edgec.runtime.ggml.library import F32
 from edgec.runtime.ggml.tensors import Allocator, Context, Device
 
+_FLOATS = {"F32": np.float32, "F16": np.float16}
 _TILE = 4
 """Rows of random weights that are quantised [count]; a matrix repeats them, for a kernel does not look."""
 
@@ -84,7 +85,10 @@ class _Weights:
         self.tensors = [self._context.new(NUMBERS[kind], k, n) for _ in range(count)]
         self._memory = device.allocate(self._context, "weights", device.fastest_memory(NUMBERS[kind], n, k))
         tile = np.random.default_rng(1).standard_normal((_TILE, k)).astype(np.float32)
-        codes = ggml.library().quantize(tile, kind, np.ones(k, np.float32))
+        if kind in _FLOATS:
+            codes = tile.astype(_FLOATS[kind]).view(np.uint8)
+        else:
+            codes = ggml.library().quantize(tile, kind, np.ones(k, np.float32))
         whole = np.ascontiguousarray(np.resize(codes, (n, codes.shape[1])))
         for tensor in self.tensors:
             device.write(tensor, whole)
