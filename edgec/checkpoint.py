@@ -43,7 +43,8 @@ _DTYPES: dict[str, Any] = {
     "U8": np.uint8,
     "BOOL": np.bool_,
 }
-_BRACKETS = re.compile(r'"(?:[^"\\]|\\.)*+"|[\[\]{}]', re.DOTALL)
+_BRACKETS = re.compile(r'"(?:[^"\\]|\\.)*+"|[\[\]{}"]', re.DOTALL)
+"""Strings, which are skipped, and brackets; a quote by itself begins a string that never ends."""
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
@@ -131,9 +132,8 @@ def open_checkpoint(folder: Path | str) -> Checkpoint:
     """Check a transformers folder and map its tensors. Raises CheckpointError naming the file and the way out."""
     folder = Path(folder)
     if not folder.is_dir():
-        raise CheckpointError(
-            f"{folder}: no such folder; expected a transformers folder with config.json and *.safetensors"
-        )
+        what = "a file, which is unpacked first if it is an archive" if folder.is_file() else "no such folder"
+        raise CheckpointError(f"{folder}: {what}; expected a transformers folder with config.json and *.safetensors")
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder}: no config.json; expected a transformers folder (save_pretrained writes one)")
     config = read_json(folder / "config.json")
@@ -198,10 +198,12 @@ def _inside(folder: Path, name: str) -> Path:
 def read_json(path: Path) -> Any:
     """JSON with caps on size and depth; duplicate keys and NaN are refused."""
     try:
-        size = path.stat().st_size
-        if size > limits.MAX_JSON_BYTES:
+        with path.open("rb") as file:
+            raw = file.read(limits.MAX_JSON_BYTES + 1)
+        if len(raw) > limits.MAX_JSON_BYTES:
+            size = path.stat().st_size
             raise CheckpointError(f"{path}: {size} bytes of JSON, at most {limits.MAX_JSON_BYTES} are parsed")
-        text = path.read_text(encoding="utf-8")
+        text = raw.decode("utf-8")
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
@@ -219,6 +221,8 @@ def parse_json(text: str, where: str) -> Any:
                 raise CheckpointError(f"{where}: JSON nested deeper than {limits.MAX_JSON_DEPTH} levels")
         elif token[0] in "]}":
             depth -= 1
+        elif token[0] == '"':
+            raise CheckpointError(f"{where}: not JSON (a string that begins at character {token.start()} has no end)")
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result: dict[str, Any] = {}
@@ -231,8 +235,14 @@ def parse_json(text: str, where: str) -> Any:
     def no_constant(name: str) -> Any:
         raise CheckpointError(f"{where}: {name} is not JSON")
 
+    def finite(digits: str) -> float:
+        value = float(digits)
+        if math.isinf(value):
+            raise CheckpointError(f"{where}: the number {digits[:40]} is too large")
+        return value
+
     try:
-        return json.loads(text, object_pairs_hook=unique, parse_constant=no_constant)
+        return json.loads(text, object_pairs_hook=unique, parse_constant=no_constant, parse_float=finite)
     except (json.JSONDecodeError, RecursionError, ValueError) as error:
         raise CheckpointError(f"{where}: not JSON ({error})") from error
 
@@ -291,6 +301,8 @@ def _tensor_infos(path: Path, header: dict[str, Any], base: int, size: int) -> I
         sound = len(shape) <= limits.MAX_TENSOR_RANK and all(type(d) is int and d >= 0 for d in shape)
         if not sound or math.prod(d for d in shape if d) >= 1 << 48:  # numpy refuses [0, 2⁶⁰] too
             raise CheckpointError(f"{path}: tensor {name!r} has shape {str(shape)[:200]}")
+        if max(abs(start), abs(stop)) >= 1 << 63:
+            raise CheckpointError(f"{path}: tensor {name!r} has data_offsets that no file has")
         expected = math.prod(shape) * np.dtype(_DTYPES[dtype]).itemsize
         if not 0 <= start <= stop <= size - base or stop - start != expected:
             raise CheckpointError(

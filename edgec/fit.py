@@ -128,7 +128,10 @@ def fit(
     if role == "embedding" and spec.kind == "dense":
         finish("weight", weight, moment if weight.size <= _GPTQ_TABLE else None)
     else:
-        decompose.get(spec.kind).factorize(weight, spec, moment, finish)
+        try:
+            decompose.get(spec.kind).factorize(weight, spec, moment, finish)
+        except np.linalg.LinAlgError as error:
+            raise NumericsError(f"{spec.kind}: {error}; give the layer another form") from error
     rms = None if moment is None or isinstance(moment, TableMoment) else np.sqrt(moment.diagonal)
     return Factors(contraction, cores, rms)
 

@@ -21,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 
 from edgec import modeling
+from edgec._version import __version__
 from edgec.calibration import Batches
 from edgec.errors import EdgecError, RuntimeUnavailableError
 from edgec.fit import Factors
@@ -198,9 +199,10 @@ def _device(name: str) -> torch.device:
 
 
 def _key(workspace: Workspace, factors: Mapping[str, Factors], settings: HealSettings) -> str:
-    """What a resumed run must have in common with the one that was interrupted: model, factors, text, settings."""
+    """What a resumed run must have in common with the one that was interrupted."""
     layout = {name: [str(f.contraction), sorted(f.cores), f.stored_bytes] for name, f in sorted(factors.items())}
-    told = [
+    told: list[object] = [
+        __version__,
         workspace.checkpoint.fingerprint,
         layout,
         workspace.healing_batches.origin,

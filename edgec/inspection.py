@@ -98,9 +98,11 @@ def verify_files(path: Path, manifest: Mapping[str, Any]) -> None:
     expected = manifest.get("files")
     if not isinstance(expected, dict):
         raise CheckpointError(f"{path / MANIFEST_NAME}: the manifest is damaged (no files)")
-    present = {str(f.relative_to(path)) for f in path.rglob("*") if f.is_file() and f.name != MANIFEST_NAME}
+    there = {str(f.relative_to(path)): f.is_file() for f in path.rglob("*") if not f.is_dir() or f.is_symlink()}
+    there.pop(MANIFEST_NAME, None)
+    present = {name for name, regular in there.items() if regular}
     problems = [f"{name} is missing" for name in sorted(set(expected) - present)]
-    problems += [f"{name} was added" for name in sorted(present - set(expected))]
+    problems += [f"{name} was added" for name in sorted(there.keys() - expected.keys())]
     for name in sorted(present & set(expected)):
         with (path / name).open("rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != expected[name]:

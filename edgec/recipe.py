@@ -163,8 +163,12 @@ def _calibration(path: Path, body: Mapping[str, Any]) -> Path | None:
 def _file(path: Path, key: str, text: str, expected: str) -> Path:
     """A file that the recipe names, which exists: relative to the recipe's folder, or absolute."""
     found = path.parent / text
-    if not found.is_file():
-        raise RecipeError(f"{path}: {key}: no file {str(found)!r}; expected {expected}")
+    try:
+        there = found.is_file()
+    except (OSError, ValueError):  # too long, or with a NUL
+        there = False
+    if not there:
+        raise RecipeError(f"{path}: {key}: no file {str(found)[:200]!r}; expected {expected}")
     return found
 
 

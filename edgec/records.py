@@ -7,6 +7,7 @@ importing one another. Anything that computes belongs in a room, not here.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -80,8 +81,8 @@ class Choice:
         spec = entry["spec"]
         modes = tuple((int(o), int(i)) for o, i in spec["modes"])
         structure = Spec(str(spec["kind"]), tuple(int(r) for r in spec["ranks"]), modes)
-        out, in_ = entry["shape"]
-        return cls(**{**entry, "spec": structure, "shape": (int(out), int(in_))})
+        out, in_ = (int(n) for n in entry["shape"] if math.isfinite(n))
+        return cls(**{**entry, "spec": structure, "shape": (out, in_)})
 
 
 @dataclass(frozen=True)

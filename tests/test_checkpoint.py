@@ -203,11 +203,12 @@ def test_missing_pieces_are_named(tmp_path: Path) -> None:
         ("", "not JSON"),
         ('{"a": "\\ud800', "not JSON"),
         ('{"a": ' + "1" * 5000 + "}", "not JSON"),
+        ('{"a": -1e999}', "the number -1e999 is too large"),
         ("[" * 200_000, "nested deeper"),
         ('{"a":' * 200_000 + "1" + "}" * 200_000, "nested deeper"),
         ("]" * 1000 + "[" * 1000, "not JSON"),
     ],
-    ids=range(10),
+    ids=range(11),
 )
 def test_json_that_is_hostile_or_broken(text: str, match: str, tmp_path: Path) -> None:
     refused(folder_of(tmp_path, config=text), match)
@@ -216,6 +217,14 @@ def test_json_that_is_hostile_or_broken(text: str, match: str, tmp_path: Path) -
 def test_brackets_inside_strings_do_not_nest() -> None:
     text = json.dumps({"template": "[{" * 1000 + '\\" \\\\ [', "x": ['"[[[[']})
     assert parse_json(text, "here") == json.loads(text)
+
+
+def test_a_string_without_an_end_is_found_quickly() -> None:
+    """Where every escaped quote of it could begin another string, a scan that tries them all takes hours."""
+    start = time.perf_counter()
+    with pytest.raises(CheckpointError, match="begins at character 6 has no end"):
+        parse_json('{"a": "' + '\\"' * 500_000, "here")
+    assert time.perf_counter() - start < 5
 
 
 def test_a_late_duplicate_is_found_quickly() -> None:
@@ -232,6 +241,12 @@ def test_json_beyond_the_cap_is_not_read(tmp_path: Path) -> None:
         file.truncate(limits.MAX_JSON_BYTES + 1)
     with pytest.raises(CheckpointError, match="at most"):
         read_json(path)
+
+
+def test_a_device_that_never_ends_is_not_read_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "MAX_JSON_BYTES", 1000)
+    with pytest.raises(CheckpointError, match="at most 1000"):
+        read_json(Path("/dev/zero"))
 
 
 def test_json_that_is_not_utf8_or_not_there(tmp_path: Path) -> None:

@@ -194,9 +194,13 @@ def test_inspect_an_artifact_and_a_checkpoint(
     (copy / "model.onnx").write_bytes(b"other")
     (copy / "tokenizer.json").unlink()
     (copy / "surplus").touch()
+    (copy / "sub").mkdir()
+    (copy / "sub" / "edgec.json").touch()
+    (copy / "link").symlink_to("nowhere")
     said = invoke(capsys, "inspect", copy, "--check")
     assert said.code == 1
-    assert "tokenizer.json is missing; surplus was added; model.onnx was changed" in said.err
+    added = "link was added; sub/edgec.json was added; surplus was added"
+    assert f"tokenizer.json is missing; {added}; model.onnx was changed" in said.err
     manifest = json.loads((copy / "edgec.json").read_text(encoding="utf-8"))
     for broken in ({**manifest, "plan": {}}, {**manifest, "sizes": 3}, {"kind": "artifact"}, []):
         _check_damaged(copy, broken, invoke(capsys, "inspect", _with_manifest(copy, broken)))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,7 +23,7 @@ METRICS = (
 )  # fmt: skip
 """What one timed sample may hold; all are times or rates, so all are finite and above zero."""
 
-_MAX_NUMBER = 1e15
+_MIN_NUMBER, _MAX_NUMBER = 1e-12, 1e15
 _MAX_TEXT = 2000
 _MAX_REMARKS = 16
 _MAX_CEILINGS = 16
@@ -163,8 +162,9 @@ def _number(record: dict[str, Any], key: str) -> float:
     value = record.get(key)
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise BenchError(f"{key} is not a number")
-    if not math.isfinite(value) or not 0 < value < _MAX_NUMBER:
-        raise BenchError(f"{key} is {value}, which no measurement can be")
+    if not _MIN_NUMBER < value < _MAX_NUMBER:  # not isfinite, which an integer of 400 digits breaks
+        told = value if isinstance(value, float) else "out of range"
+        raise BenchError(f"{key} is {told}, which no measurement can be")
     return float(value)
 
 

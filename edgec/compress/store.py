@@ -93,6 +93,8 @@ def open_compressed(folder: Path) -> Compressed:
     try:
         if not isinstance(body, dict) or body["version"] != COMPRESSED_VERSION:
             raise CheckpointError(f"{folder}: not a folder that this version of `edgec compress` wrote")
+        if not isinstance(body["aliases"], dict):
+            raise TypeError("aliases are no mapping")
         entry = body["plan"]
         choices = tuple(Choice.from_dict(c) for c in entry["choices"])
         plan = Plan(

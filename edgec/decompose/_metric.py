@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.linalg import cho_solve, eigh
+from scipy.linalg import cho_solve
 
 from edgec.decompose import _randomised
+from edgec.decompose._lapack import eigenpairs
 from edgec.errors import NumericsError
 from edgec.moments import SecondMoment
 
@@ -79,14 +80,9 @@ def right_singular(matrix: Array, rank: int) -> Array:
 
 
 def _eigh(gram: Array, rank: int) -> tuple[Array, Array]:
-    """Leading eigenpairs of a symmetric matrix, largest first. Falls back to another LAPACK driver."""
-    for driver in ("evd", "evr"):
-        try:
-            values, vectors = eigh(gram, driver=driver, check_finite=False)
-        except np.linalg.LinAlgError:
-            continue
-        return values[::-1][:rank], vectors[:, ::-1][:, :rank]
-    raise NumericsError("the eigendecomposition of the unfolding did not converge")
+    """Leading eigenpairs of a symmetric matrix, largest first."""
+    values, vectors = eigenpairs(gram)
+    return values[::-1][:rank], vectors[:, ::-1][:, :rank]
 
 
 def refit(m: Array, h: Array | None, core: Array) -> tuple[Array, Array | None]:

@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.linalg import eigvalsh
 
+from edgec.decompose._lapack import eigenvalues
 from edgec.decompose.tensor_train import beside, max_ranks, size
 from edgec.moments import SecondMoment
 from edgec.records import Spec
@@ -97,7 +97,7 @@ class _Spectra:
         out, in_ = self.w.shape
         unfolded = self.w.reshape(o, out // o, i, in_ // i).transpose(0, 2, 1, 3).reshape(o * i, -1)
         gram = unfolded @ unfolded.T if len(unfolded) <= unfolded.shape[1] else unfolded.T @ unfolded
-        squares = np.maximum(eigvalsh(gram, check_finite=False), 0).astype(np.float64)
+        squares = np.maximum(eigenvalues(gram), 0).astype(np.float64)
         return np.concatenate([[0.0], np.cumsum(squares)])[::-1]
 
 

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.linalg import eigh
+
+from edgec.decompose._lapack import eigenpairs
 
 Array = NDArray[Any]
 
@@ -57,7 +58,7 @@ def right_singular(matrix: Array, rank: int, *, power: int = POWER_ITERATIONS) -
         basis = _orthonormal(matrix.T @ _orthonormal(matrix @ basis))
     inside = matrix @ basis
     # The Gram matrix of what is inside is small: eigenvectors of BᵀB are right singular vectors of B.
-    _, vectors = eigh(inside.T @ inside, check_finite=False)
+    _, vectors = eigenpairs(inside.T @ inside, lean=True)
     return np.asarray(basis @ vectors[:, ::-1][:, :rank])
 
 

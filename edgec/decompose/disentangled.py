@@ -33,10 +33,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from scipy.fft import dct
-from scipy.linalg import eigh, hadamard
+from scipy.linalg import hadamard
 
 from edgec.contraction import Contraction, MatMul, Reshape
 from edgec.decompose import Finish, svd
+from edgec.decompose._lapack import eigenpairs
 from edgec.errors import NumericsError, PlanError
 from edgec.moments import SecondMoment
 from edgec.records import Spec
@@ -142,7 +143,7 @@ def spread(b: int) -> Array:
 def learned(moment: SecondMoment, b: int) -> Array:
     """Rows: eigenvectors of the mean block [b, b] of the moment, largest first, their largest entry positive."""
     blocks = moment.matrix.reshape(moment.width // b, b, moment.width // b, b)
-    vectors = eigh(np.einsum("gsgt->st", blocks), check_finite=False)[1][:, ::-1].T
+    vectors = eigenpairs(np.einsum("gsgt->st", blocks), lean=True)[1][:, ::-1].T
     largest = vectors[np.arange(b), np.abs(vectors).argmax(1)]
     return np.asarray(vectors * np.where(largest < 0, -1.0, 1.0)[:, None])
 

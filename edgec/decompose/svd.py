@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.linalg import eigh
 
 from edgec.contraction import Contraction
 from edgec.decompose import Finish, tensor_train
+from edgec.decompose._lapack import eigenpairs
 from edgec.decompose._metric import MAX_STATE, marginal, refit, ridged
 from edgec.errors import NumericsError, PlanError
 from edgec.moments import SecondMoment
@@ -62,7 +62,7 @@ def _factorize_tall(weight: NDArray[Any], spec: Spec, moment: SecondMoment | Non
             gram += part.T @ part
     if not np.isfinite(gram).all():
         raise NumericsError("the weight holds NaN or Inf, or its square overflows")
-    values, vectors = eigh(gram, check_finite=False)
+    values, vectors = eigenpairs(gram, lean=True)
     stand_in = np.sqrt(np.maximum(values, 0))[:, None] * vectors.T
     h = None if moment is None or moment.width > MAX_STATE else ridged(moment.matrix)
     core = tensor_train._bond(stand_in.reshape(in_, 1, 1, in_), h, rank).reshape(rank, in_)

@@ -22,10 +22,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.linalg import eigh
 
 from edgec.contraction import Contraction, Gather, MatMul, Step, Sum
 from edgec.decompose import Finish
+from edgec.decompose._lapack import eigenpairs
 from edgec.decompose._metric import solve
 from edgec.errors import NumericsError, PlanError
 from edgec.moments import SecondMoment, TableMoment
@@ -119,10 +119,7 @@ def _directions(weight: Array, moment: SecondMoment | None) -> tuple[Array, Arra
     read = moment.rows if isinstance(moment, TableMoment) else np.full(v, 1 / v, np.float32)
     gram = np.asarray((weight * read[:, None]).T @ weight, dtype=np.float64)
     root = np.eye(d) if moment is None else moment.root
-    try:
-        _, vectors = eigh(root.T @ gram @ root, check_finite=False)
-    except np.linalg.LinAlgError as error:
-        raise NumericsError("the eigendecomposition of the table did not converge") from error
+    _, vectors = eigenpairs(root.T @ gram @ root, lean=True)
     return root @ vectors[:, ::-1], read
 
 

@@ -98,10 +98,10 @@ def _restored(header: GgufHeader, name: str, config: Mapping[str, Any]) -> NDArr
     if header.architecture == "llama" and match and match[2] in ("attn_q", "attn_k"):
         heads = config["num_attention_heads" if match[2] == "attn_q" else "num_key_value_heads"]
         rows = values.shape[0]
-        if rows != heads * config["head_dim"]:
+        if rows != heads * config["head_dim"] or config["head_dim"] % 2:
             raise CheckpointError(
                 f"{header.path}: tensor {name!r} is {list(values.shape)}, expected {heads} heads of "
-                f"{config['head_dim']} rows"
+                f"{config['head_dim']} rows, an even number"
             )
         pairs = np.arange(rows).reshape(heads, rows // heads // 2, 2)
         return values[pairs.transpose(0, 2, 1).reshape(-1)]

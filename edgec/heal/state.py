@@ -65,7 +65,7 @@ def load_state(
             metadata = stored.metadata() or {}
             if metadata.get("key") != key:
                 logger.warning(
-                    "%s is of another run (model, plan, text or settings changed); healing starts anew", file
+                    "%s is of another run (edgec, model, plan, text or settings changed); healing starts anew", file
                 )
                 return None
             told = json.loads(metadata["state"])

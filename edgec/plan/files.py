@@ -6,6 +6,8 @@ YAML 1.2, so that `no` is a string and `010` is ten; no tags, no aliases, no dup
 from __future__ import annotations
 
 import io
+import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +26,8 @@ from edgec.quantize.formats import LayerFormat
 from edgec.records import PLAN_VERSION, Choice, Plan, Spec
 
 _MAX_DEPTH = 16
+_HUGE = re.compile(r"[-+]?(0[xob])?[0-9A-Fa-f_]{65,}")
+"""Python refuses to print such numbers, and none is meant."""
 _PLAN_KEYS = {"version", "fingerprint", "target", "budget", "totals", "notes", "layers"}
 _LAYER_KEYS = {"kind", "ranks", "modes", "format", "bytes", "error", "loss"}
 
@@ -31,11 +35,12 @@ _LAYER_KEYS = {"kind", "ranks", "modes", "format", "bytes", "error", "loss"}
 def read_yaml(path: Path) -> Any:
     """Plain mappings, lists and scalars. Raises RecipeError naming the file and line."""
     try:
-        raw = path.read_bytes()
+        with path.open("rb") as file:
+            raw = file.read(limits.MAX_YAML_BYTES + 1)
     except OSError as error:
         raise RecipeError(f"{path}: cannot be read ({error.strerror})") from error
     if len(raw) > limits.MAX_YAML_BYTES:
-        raise RecipeError(f"{path}: {len(raw)} bytes, at most {limits.MAX_YAML_BYTES} are read")
+        raise RecipeError(f"{path}: more than the {limits.MAX_YAML_BYTES} bytes that are read")
     try:
         text = raw.decode("utf-8")
         depth = 0
@@ -46,6 +51,8 @@ def read_yaml(path: Path) -> Any:
             if isinstance(event, DocumentStartEvent) and event.version not in (None, (1, 2)):
                 raise RecipeError(f"{path}:{event.start_mark.line + 1}: YAML 1.2 only; remove the %YAML line")
             tagged = isinstance(event, ScalarEvent | CollectionStartEvent) and getattr(event, "ctag", None)
+            if isinstance(event, ScalarEvent) and event.style is None and _HUGE.fullmatch(event.value):
+                raise RecipeError(f"{path}:{event.start_mark.line + 1}: a number of {len(event.value)} digits")
             merged = isinstance(event, ScalarEvent) and event.value == "<<" and event.style is None
             if isinstance(event, AliasEvent) or tagged or merged:
                 raise RecipeError(f"{path}:{event.start_mark.line + 1}: aliases, merges and tags are not allowed")
@@ -128,12 +135,14 @@ def _plan(path: Path, body: Any, known: Mapping[str, Layer]) -> Plan:
         if table and choice.spec.kind == table.spec.kind == "dense" and choice.format == table.format:
             choices[name] = replace(choice, bytes=0)
     other = body.get("totals", {}).get("other_bytes", 0)
+    if type(other) is not int or other < 0:
+        raise RecipeError(f"{path}: totals: other_bytes is a number of bytes, got {other!r}")
     return Plan(
         str(body["fingerprint"]),
         str(body["target"]),
         str(body["budget"]),
         tuple(choices.values()),
-        int(other),
+        other,
         tuple(str(n) for n in body.get("notes", [])),
     )
 
@@ -153,6 +162,8 @@ def _choice(where: str, entry: Mapping[str, Any], layer: Layer) -> Choice:
         raise RecipeError(f"{where}: {error}") from error
     if entry.get("bytes") == 0 or stored_bytes(spec, layer.shape, layer.role, fmt) == entry.get("bytes"):
         numbers_kept = {key: float(entry[key]) for key in ("error", "loss") if entry.get(key) is not None}
+        if not all(map(math.isfinite, numbers_kept.values())):
+            raise RecipeError(f"{where}: error and loss are finite numbers, got {numbers_kept}")
         return replace(choice, **numbers_kept)  # type: ignore[arg-type]
     return choice
 

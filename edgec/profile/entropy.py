@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.linalg import eigvalsh
+
+from edgec.decompose._lapack import eigenvalues
 
 RANDOM_SHARE = 0.99
 """A cut whose entropy reaches this share of a random matrix's is called incompressible. Gaussian matrices from 64 × 64
@@ -25,7 +26,7 @@ def singular_values(weight: NDArray[Any]) -> NDArray[np.float64]:
     """Singular values of a matrix [n, m], largest first, through its smaller Gram matrix."""
     w: NDArray[Any] = np.asarray(weight, dtype=np.float64 if min(weight.shape) <= 1024 else np.float32)
     gram = w @ w.T if w.shape[0] <= w.shape[1] else w.T @ w
-    return np.asarray(np.sqrt(np.maximum(eigvalsh(gram, check_finite=False), 0))[::-1], dtype=np.float64)
+    return np.asarray(np.sqrt(np.maximum(eigenvalues(gram), 0))[::-1], dtype=np.float64)
 
 
 def von_neumann(singular: NDArray[Any]) -> float:

@@ -34,6 +34,40 @@ def load(folder: Path, options: RuntimeOptions) -> GenaiModel:
     return GenaiModel(folder, options)
 
 
+_SESSION_KEYS = frozenset(
+    (
+        "log_id", "log_severity_level", "log_verbosity_level", "graph_optimization_level", "provider_options",
+        "intra_op_num_threads", "inter_op_num_threads", "enable_cpu_mem_arena", "enable_mem_pattern",
+        "use_env_allocators", "disable_quant_qdq", "enable_quant_qdq_cleanup",
+    )
+)  # fmt: skip
+_SESSION_ENTRIES = ("session.intra_op.", "session.inter_op.", "session.dynamic_block_base", "session.set_denormal")
+_PROVIDERS = ("cpu", "cuda")
+
+
+def refuse_libraries(config: Any, path: Path) -> None:
+    """genai_config.json can name native libraries that genai loads, and files that it writes (`custom_ops_library`,
+    back ends of providers, profiles). Nothing of the kind is in a folder that only holds a model.
+
+    Looks at every object of the file, however deep. Raises CheckpointError for a session option or a provider that is
+    not known to be harmless.
+    """
+    waiting = [config]
+    while waiting:
+        found = waiting.pop()
+        waiting += found.values() if isinstance(found, dict) else found if isinstance(found, list) else ()
+        options = found.get("session_options", {}) if isinstance(found, dict) else {}
+        for key in options if isinstance(options, dict) else ("session_options",):
+            if key not in _SESSION_KEYS and not key.startswith(_SESSION_ENTRIES):
+                raise CheckpointError(f"{path}: the session option {key[:80]!r} is not one that edgec lets a file set")
+        providers = found.get("provider_options", []) if isinstance(found, dict) else []
+        for entry in providers if isinstance(providers, list) else (providers,):
+            if not isinstance(entry, dict) or any(name.lower() not in _PROVIDERS for name in entry):
+                raise CheckpointError(
+                    f"{path}: the provider {str(entry)[:80]!r} is not one that edgec runs ({', '.join(_PROVIDERS)})"
+                )
+
+
 class GenaiModel:
     """A generator with its tokenizer. Token ids are Python ints; logits are float32."""
 
@@ -45,7 +79,9 @@ class GenaiModel:
         refuse_kv_cache(options, self.runtime)
         self.folder = Path(folder)
         config_path = self.folder / "genai_config.json"
-        model = read_json(config_path).get("model")
+        config = read_json(config_path, unique=True)
+        refuse_libraries(config, config_path)
+        model = config.get("model")
         decoder = model.get("decoder") if isinstance(model, dict) else None
         if not isinstance(model, dict) or not isinstance(decoder, dict):
             raise CheckpointError(f"{config_path} has no model.decoder; it is not a decoder that edgec can run")

@@ -22,13 +22,16 @@ FIRST_LOGITS = "edgec.first_logits"
 computed. Left out, only the last one's are, which is all that generating needs; 0 gives those of every position."""
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises CheckpointError for a missing, oversized or malformed one."""
+def read_json(path: Path, *, unique: bool = False) -> dict[str, Any]:
+    """A JSON object from a file. unique: a key that stands twice is refused, as for files that another parser reads
+    after us. Raises CheckpointError for a missing, oversized or malformed one.
+    """
     try:
-        size = path.stat().st_size
-        if size > limits.MAX_JSON_BYTES:
-            raise CheckpointError(f"{path} has {size} bytes; at most {limits.MAX_JSON_BYTES} are read")
-        value = json.loads(path.read_bytes())
+        with path.open("rb") as file:
+            raw = file.read(limits.MAX_JSON_BYTES + 1)
+        if len(raw) > limits.MAX_JSON_BYTES:
+            raise CheckpointError(f"{path} has {path.stat().st_size} bytes; at most {limits.MAX_JSON_BYTES} are read")
+        value = json.loads(raw, object_pairs_hook=_unique if unique else None)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
@@ -36,6 +39,13 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} must hold a JSON object, not a {type(value).__name__}")
     return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a key stands twice in one object")
+    return found
 
 
 def optional_json(path: Path) -> dict[str, Any]:
@@ -62,9 +72,13 @@ def _is_factored(path: Path, changed: int) -> bool:
 def inside(folder: Path, name: Any, source: Path) -> Path:
     """`folder/name` for a name that `source` gave. Raises CheckpointError when it leaves the folder or is missing."""
     path = folder / str(name)
-    if not path.resolve().is_relative_to(folder.resolve()):
+    try:
+        outside, there = not path.resolve().is_relative_to(folder.resolve()), path.is_file()
+    except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL, links in a circle
+        raise CheckpointError(f"{source} names the file {str(name)[:80]!r}, which is no name of a file") from error
+    if outside:
         raise CheckpointError(f"{source} names the file {name!r}, which lies outside {folder}")
-    if not path.is_file():
+    if not there:
         raise CheckpointError(f"{source} names the file {name!r}, which is not in {folder}")
     return path
 

@@ -13,15 +13,16 @@ import ctypes
 import logging
 import math
 import weakref
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from edgec.errors import CheckpointError, NumericsError, RuntimeUnavailableError, UsageError
-from edgec.gguf_header import read_header
+from edgec.gguf_header import GgufHeader, read_header
 from edgec.runtime.interfaces import CAUSAL_LM, Floats, Ids, Piece
 from edgec.runtime.layout import gguf_file
 from edgec.runtime.options import RuntimeOptions
@@ -30,6 +31,7 @@ from edgec.runtime.prompts import SAMPLING, check_prompt, check_sampling, requir
 logger = logging.getLogger(__name__)
 
 PLUGIN = True
+_TOKENS = "tokenizer.ggml.tokens"
 MODEL_FILE = "model.gguf"
 ADAPTER_FILE = "adapter.gguf"
 
@@ -89,17 +91,18 @@ class Vocabulary:
 
     def __init__(self, path: Path) -> None:
         """Raises CheckpointError when the file's header is unsound or llama.cpp refuses its vocabulary."""
-        read_header(path)
+        self._header = read_header(path)
+        require_distinct_tokens(self._header)
         self._lib = import_llama_cpp()
         model = _open(self._lib, path, vocab_only=True)
         self._close = weakref.finalize(self, self._lib.llama_model_free, model)
         self._vocab = self._lib.llama_model_get_vocab(model)
 
     @classmethod
-    def of_model(cls, lib: Any, model: Any) -> Vocabulary:
-        """The vocabulary of a model that is already open; it must outlive this object."""
+    def of_model(cls, lib: Any, model: Any, header: GgufHeader) -> Vocabulary:
+        """The vocabulary of a model that is already open; it must outlive this object. header: of its file."""
         self = cls.__new__(cls)
-        self._lib, self._vocab = lib, lib.llama_model_get_vocab(model)
+        self._lib, self._vocab, self._header = lib, lib.llama_model_get_vocab(model), header
         return self
 
     @property
@@ -115,6 +118,8 @@ class Vocabulary:
         """Token ids; special: add what the file says (the beginning of text) and read special tokens in the text."""
         if not self.there:
             raise CheckpointError("this GGUF has no vocabulary; give token ids instead of text")
+        if self._fault:
+            raise CheckpointError(f"{self._header.path}: {self._fault}; give token ids instead of text")
         raw = text.encode("utf-8", "replace")
         room = len(raw) + 8
         ids = (self._lib.llama_token * room)()
@@ -122,6 +127,23 @@ class Vocabulary:
         if count < 0:
             raise CheckpointError(f"llama.cpp makes {-count} tokens of {len(raw)} bytes of text; its vocabulary is odd")
         return [int(i) for i in ids[:count]]
+
+    @cached_property
+    def _fault(self) -> str:
+        """What llama.cpp would end the process for when it reads a text; "" for a sound vocabulary."""
+        lib, vocab, metadata = self._lib, self._vocab, self._header.metadata
+        for what, wanted, token in (
+            ("begins", lib.llama_vocab_get_add_bos, lib.llama_vocab_bos),
+            ("ends", lib.llama_vocab_get_add_eos, lib.llama_vocab_eos),
+        ):
+            if wanted(vocab) and not 0 <= token(vocab) < self.size:
+                return f"its vocabulary has no token that {what} a text, and says that every text has one"
+        if metadata.get("tokenizer.ggml.model") == "llama":
+            known = set(self._header.strings(_TOKENS))
+            lacking = [b for b in range(256) if f"<0x{b:02X}>" not in known and chr(b) not in known]
+            if lacking:
+                return f"its vocabulary has no token for {len(lacking)} of the 256 bytes"
+        return ""
 
     def piece(self, token: int) -> bytes:
         """What a token adds to the text; nothing for a special one."""
@@ -155,6 +177,7 @@ class LlamaCpp:
         path = self.folder if self.folder.is_file() else self.folder / MODEL_FILE
         adapter = self.folder / ADAPTER_FILE
         header = read_header(path)
+        require_distinct_tokens(header)
         self._lib = import_llama_cpp()
         self._threads = (options or RuntimeOptions()).thread_count()
         self._cache = {"f16": self._lib.GGML_TYPE_F16, "q8_0": self._lib.GGML_TYPE_Q8_0}.get(
@@ -162,7 +185,7 @@ class LlamaCpp:
         )
         self._model = _open(self._lib, path, gpu=(options or RuntimeOptions()).gpu)
         self._close = weakref.finalize(self, self._lib.llama_model_free, self._model)
-        self.vocabulary = Vocabulary.of_model(self._lib, self._model)
+        self.vocabulary = Vocabulary.of_model(self._lib, self._model, header)
         self._adapter = self._open_adapter(adapter) if adapter.is_file() else None
         table = header.tensors.get("token_embd.weight")
         if table is None:
@@ -305,6 +328,15 @@ class LlamaCpp:
         if not adapter:
             raise CheckpointError(f"llama.cpp cannot load the adapter {path}; --debug shows its reasons")
         return adapter  # freed with the model
+
+
+def require_distinct_tokens(header: GgufHeader) -> None:
+    """llama.cpp ends the process when two tokens are the same. Raises CheckpointError."""
+    if _TOKENS in header.metadata:
+        tokens = header.strings(_TOKENS)
+        if len(set(tokens)) < len(tokens):
+            twice = next(token for token, count in Counter(tokens).items() if count > 1)
+            raise CheckpointError(f"{header.path}: its vocabulary holds the token {twice[:40]!r} twice")
 
 
 def sampler_chain(lib: Any, sampling: dict[str, Any] | None, vocab_size: int) -> Any:

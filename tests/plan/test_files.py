@@ -57,6 +57,11 @@ def test_plans_round_trip(tmp_path: Path) -> None:
     assert read_plan(written(tmp_path, text), LAYERS) == plan
 
 
+def test_a_file_that_never_ends_is_not_read_to_its_end() -> None:
+    with pytest.raises(RecipeError, match=r"more than the 1000000 bytes that are read"):
+        read_yaml(Path("/dev/zero"))
+
+
 def test_the_order_of_layers_is_kept(tmp_path: Path) -> None:
     lines = [line.strip() for line in write_plan(sample()).splitlines()]
     positions = [next(i for i, line in enumerate(lines) if line.startswith(f"{layer.name}:")) for layer in LAYERS]
@@ -119,8 +124,13 @@ UP = "layers:\n  block.0.up: "
         (HEAD + "layers: {nowhere: {kind: dense, format: fp16}}", "layer 'nowhere' is not in the model"),
         (HEAD + "layers: {1: {kind: dense, format: fp16}}", "layer 1 is not in the model"),
         (HEAD + "totals: 3\nlayers: {}", "not an edgec plan"),
+        (HEAD + "totals: {other_bytes: .inf}\nlayers: {}", "other_bytes is a number of bytes, got inf"),
+        (HEAD + "totals: {other_bytes: -9}\nlayers: {}", "other_bytes is a number of bytes, got -9"),
+        (HEAD + UP + "{kind: dense, format: int4-b32, bytes: 0, error: .nan}", "error and loss are finite"),
+        (HEAD + "totals: {other_bytes: 1" + "0" * 400 + "}\nlayers: {}", "a number of 401 digits"),
+        (HEAD + "totals: {other_bytes: 0x" + "F" * 4000 + "}\nlayers: {}", "a number of 4002 digits"),
     ],
-    ids=range(28),
+    ids=range(33),
 )
 def test_plans_that_are_not_understood(text: str, match: str, tmp_path: Path) -> None:
     refused(tmp_path, text, match)

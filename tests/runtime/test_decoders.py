@@ -13,6 +13,7 @@ import pytest
 from edgec.errors import CheckpointError, UsageError
 from edgec.runtime import RuntimeOptions, open_artifact
 from edgec.runtime.genai import GenaiModel
+from edgec.runtime.layout import inside
 from edgec.runtime.ort_decoder import OrtDecoder
 
 IDS = np.array([[5, 17, 300, 44, 9, 250, 31, 8, 77]], dtype=np.int64)
@@ -93,3 +94,52 @@ def test_a_lying_config_is_one_clear_error(lm_folder: Path, tmp_path: Path, chan
     for loader in (GenaiModel, OrtDecoder):
         with pytest.raises(CheckpointError, match=said):
             loader(folder)
+
+
+@pytest.mark.parametrize(
+    "hostile",
+    [
+        {"model": {"decoder": {"session_options": {"custom_ops_library": "evil.so"}}}},
+        {"model": {"decoder": {"session_options": {"enable_profiling": "/tmp/trace"}}}},
+        {"model": {"decoder": {"session_options": {"session.optimized_model_filepath": "x"}}}},
+        {"model": {"decoder": {"session_options": ["custom_ops_library"]}}},
+        {"model": {"decoder": {"session_options": {"provider_options": [{"QNN": {"backend_path": "evil.so"}}]}}}},
+        {"model": {"decoder": {"session_options": {"provider_options": {"cuda": {}}}}}},
+        {"model": {"vision": [{"session_options": {"custom_ops_library": "evil.so"}}]}},
+        {"engine": {"deep": [[{"session_options": {"custom_ops_library": "evil.so"}}]]}},
+    ],
+    ids=range(8),
+)
+def test_a_config_that_names_native_code_is_refused_before_genai_reads_it(
+    lm_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hostile: dict[str, Any]
+) -> None:
+    """genai loads `custom_ops_library` from the folder while it opens the model: code in an artifact would run."""
+    folder = tmp_path / "lm"
+    shutil.copytree(lm_folder, folder)
+    path = folder / "genai_config.json"
+
+    def merged(into: Any, added: Any) -> Any:
+        if not isinstance(into, dict) or not isinstance(added, dict):
+            return added
+        return {**into, **{key: merged(into.get(key), value) for key, value in added.items()}}
+
+    path.write_text(json.dumps(merged(json.loads(path.read_text()), hostile)))
+    monkeypatch.setattr("edgec.runtime.genai.import_genai", lambda: pytest.fail("genai saw the file"))
+    with pytest.raises(CheckpointError, match="not one that edgec"):
+        GenaiModel(folder)
+
+
+def test_a_config_that_two_parsers_may_read_differently_is_refused(lm_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "lm"
+    shutil.copytree(lm_folder, folder)
+    path = folder / "genai_config.json"
+    hidden = '{"session_options": {"custom_ops_library": "evil.so"}, "session_options": {'
+    path.write_text(path.read_text().replace('{\n            "session_options": {', hidden, 1))
+    with pytest.raises(CheckpointError, match="stands twice"):
+        GenaiModel(folder)
+
+
+@pytest.mark.parametrize("name", ["a\0b", "x" * 300])
+def test_names_that_no_file_has(lm_folder: Path, name: str) -> None:
+    with pytest.raises(CheckpointError, match=r"no name of a file|not in"):
+        inside(lm_folder, name, lm_folder / "genai_config.json")

@@ -332,6 +332,61 @@ def test_programs_that_would_end_the_process_are_refused(
         GgmlModel(tmp_path / "lie.gguf", ONE)
 
 
+def _rewritten(lm_source: Path, path: Path, layers: dict[str, Any], more: Mapping[str, tuple[int, int]]) -> Path:
+    """A sound file with other programs for some layers, and more tensors, whose first ones lie side by side."""
+    checkpoint = open_checkpoint(lm_source)
+    draft = artifact.prepare(checkpoint, modeling.task_of(checkpoint), path.parent)
+    metadata, tensors = factored.contents(draft, factor(checkpoint, half))
+    programs = json.loads(str(metadata["edgec.programs"])) | layers
+    metadata["edgec.programs"] = json.dumps(programs)
+    write_gguf(path, metadata, [*tensors, *(tensor_of(n, np.ones(s, np.float32)) for n, s in more.items())])
+    return path
+
+
+def _low_rank(cores: Mapping[str, str], out: int, rank: int) -> dict[str, Any]:
+    first, second = cores
+    steps = [["matmul", first, rank, 128], ["matmul", second, out, rank]]
+    return {"in": 128, "out": out, "cores": dict(cores), "steps": steps}
+
+
+def test_a_tensor_with_the_name_of_a_bundle_is_refused(lm_source: Path, tmp_path: Path) -> None:
+    """Its product would have read the three stacked cores in place of it, and ggml would have ended the process."""
+    layers = {
+        "blk.0.attn_q": _low_rank({"a": "qa", "b": "qb"}, 128, 32),
+        "blk.0.attn_k": _low_rank({"a": "ka", "b": "kb"}, 64, 32),
+        "blk.0.attn_v": _low_rank({"a": "va", "b": "vb"}, 64, 32),
+        "blk.0.attn_output": _low_rank({"a": "blk.0.attn", "b": "ob"}, 128, 32),
+    }
+    more = dict.fromkeys(("qa", "ka", "va", "blk.0.attn"), (32, 128)) | {"qb": (128, 32), "ob": (128, 32)}
+    more |= dict.fromkeys(("kb", "vb"), (64, 32))
+    with pytest.raises(CheckpointError, match=r"'blk\.0\.attn' has a name that stands for several"):
+        GgmlModel(_rewritten(lm_source, tmp_path / "taken.gguf", layers, more), ONE)
+
+
+def test_a_core_that_is_used_twice_is_in_no_bundle(lm_source: Path, tmp_path: Path) -> None:
+    steps = [["matmul", "a", 128, 128], ["matmul", "a", 128, 128]]
+    layers = {
+        "blk.0.attn_q": {"in": 128, "out": 128, "cores": {"a": "qa"}, "steps": steps},
+        "blk.0.attn_k": _low_rank({"a": "ka", "b": "kb"}, 64, 32),
+        "blk.0.attn_v": _low_rank({"a": "va", "b": "vb"}, 64, 32),
+    }
+    more = {"qa": (128, 128), "ka": (32, 128), "va": (32, 128), "kb": (64, 32), "vb": (64, 32)}
+    model = GgmlModel(_rewritten(lm_source, tmp_path / "twice.gguf", layers, more), ONE, selftest=False)
+    assert model.session.network.bundles["blk.0.attn"].layers == ("blk.0.attn_k", "blk.0.attn_v")
+    assert np.isfinite(model.logits(ids_of(320))).all()
+
+
+def test_a_program_that_never_ends_is_refused(lm_source: Path, tmp_path: Path) -> None:
+    """Few bytes, no wide intermediate, and 10 GFLOP a token: hours of a self-test."""
+    repeat = [["reshape", [4096, 128]], ["matmul", "b", 128, 128], ["reshape", [4096 * 128]]]
+    steps = [["matmul", "u", 4096 * 128, 128], *repeat * 80, ["reshape", [128, 4096]], ["reduce_sum", 1]]
+    layers = {"blk.0.attn_q": {"in": 128, "out": 128, "cores": {"u": "u", "b": "b"}, "steps": steps}}
+    steps[0:1] = [["reshape", [128, 1]], ["matmul", "u", 4096, 1], ["reshape", [4096 * 128]]]
+    more = {"u": (4096, 1), "b": (128, 128)}
+    with pytest.raises(CheckpointError, match="operations a token, far too many"):
+        GgmlModel(_rewritten(lm_source, tmp_path / "long.gguf", layers, more), ONE)
+
+
 def test_without_the_extra_the_message_says_how_to_get_it(
     small: Path, lm_source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -170,6 +170,40 @@ def test_without_a_vocabulary_ids_work_and_text_is_refused(folder: Path, tmp_pat
         plain.generate("text", 4)
 
 
+def vocabulary_file(path: Path, **metadata: Any) -> Path:
+    """A file of metadata only. Byte tokens and both marks unless told otherwise."""
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "a", "\u2581b"]
+    told: dict[str, Any] = {
+        "general.architecture": "llama",
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+    }
+    told |= {f"tokenizer.ggml.{key}": value for key, value in metadata.items()}
+    tokens = told["tokenizer.ggml.tokens"]
+    kinds = [6 if token.startswith("<0x") else 3 if token in ("<s>", "</s>") else 1 for token in tokens]
+    told |= {"tokenizer.ggml.scores": [0.0] * len(tokens), "tokenizer.ggml.token_type": kinds}
+    write_gguf(path, told, [])
+    return path
+
+
+def test_vocabularies_that_would_end_the_process_are_refused(tmp_path: Path) -> None:
+    """Each of them makes llama.cpp abort: on opening, or on the first text."""
+    sound = Vocabulary(vocabulary_file(tmp_path / "sound.gguf"))
+    assert sound.encode("a b")[0] == 1
+    twice = vocabulary_file(tmp_path / "twice.gguf", tokens=["<unk>", "<s>", "a", "a"])
+    for opened in (Vocabulary, LlamaCpp):
+        with pytest.raises(CheckpointError, match="holds the token 'a' twice"):
+            opened(twice)
+    bare = vocabulary_file(tmp_path / "bare.gguf", tokens=["<unk>", "<s>", "</s>", "a"])
+    with pytest.raises(CheckpointError, match="no token for 255 of the 256 bytes"):
+        Vocabulary(bare).encode("a b")
+    unmarked = vocabulary_file(tmp_path / "unmarked.gguf", bos_token_id=100_000, add_bos_token=True)
+    with pytest.raises(CheckpointError, match="no token that begins a text|cannot load"):
+        Vocabulary(unmarked).encode("a b")
+
+
 def test_a_vocabulary_needs_no_weights(folder: Path, model: LlamaCpp) -> None:
     alone = Vocabulary(folder / "model.gguf")
     assert alone.encode("some text") == model.encode("some text")

@@ -41,7 +41,7 @@ def read_answer(line: bytes) -> Answer:
         values = np.frombuffer(data, dtype="<f4").reshape(rows, width).astype(np.float32)
         operators = {str(name)[:64]: int(count) for name, count in record["operators"].items()}
         return Answer(str(record["machine"])[:40], values, operators)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, binascii.Error) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError, binascii.Error) as error:
         raise BenchError(f"the comparison's answer is malformed: {error}") from error
 
 

@@ -102,7 +102,7 @@ class LineDevice(abc.ABC):
                     "system": str(found["system"])[:80],
                     "python": str(found["python"])[:20],
                 }
-            except (ValueError, KeyError, TypeError, IndexError) as error:
+            except (ValueError, KeyError, TypeError, IndexError, OverflowError, RecursionError) as error:
                 raise BenchError(f"{self.name}: it answered something else than its description: {error}") from error
         return self._told
 

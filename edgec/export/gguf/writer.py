@@ -7,6 +7,7 @@ the file is written, so that a model is never in memory as a whole.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,9 @@ from edgec.gguf_header import BLOCKS
 
 ALIGNMENT = 32
 """Tensors start at multiples of this [bytes]; the format's default, enough to map and to read with AVX."""
+
+FILE_TYPE = "general.file_type"
+"""Metadata key: what a file mostly holds."""
 
 MAX_NAME = 63
 """Longest tensor name that ggml reads [bytes]."""
@@ -73,33 +77,48 @@ def write_gguf(
     """Write `path`, which must lie in a folder that appears whole (edgec.outputs). Returns tensor → stored bytes.
 
     metadata needs "general.architecture"; an int is written as uint32, a float as float32, a list of ints as int32.
+    What the file mostly holds is added to it, which llama.cpp would guess and Ollama shows.
     Raises ExportError for a tensor that has another shape or size than announced.
     """
     gguf = import_gguf()
     if len({t.name for t in tensors}) < len(tensors) or any(len(t.name.encode()) > MAX_NAME for t in tensors):
         raise ExportError(f"tensor names must differ and have at most {MAX_NAME} bytes")
+    sizes = {tensor.name: tensor.nbytes for tensor in tensors}  # refuses an unknown type
     writer = gguf.GGUFWriter(path, str(metadata["general.architecture"]))
     try:
-        for key, value in metadata.items():
+        for key, value in {FILE_TYPE: file_type(tensors), **metadata}.items():
             if key != "general.architecture":
                 _add(writer, key, value)
         for tensor in tensors:
-            size = tensor.nbytes  # refuses an unknown type
             kind = gguf.GGMLQuantizationType[tensor.type]
-            writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), size, raw_dtype=kind)
+            writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), sizes[tensor.name], raw_dtype=kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for done, tensor in enumerate(tensors):
             data = np.ascontiguousarray(tensor.data())
-            if data.nbytes != tensor.nbytes:
-                raise ExportError(f"tensor {tensor.name!r}: {data.nbytes} bytes, announced {tensor.nbytes}")
+            if data.nbytes != sizes[tensor.name]:
+                raise ExportError(f"tensor {tensor.name!r}: {data.nbytes} bytes, announced {sizes[tensor.name]}")
             writer.write_tensor_data(data)
             if progress:
                 progress(done + 1, len(tensors))
     finally:
         writer.close()
-    return {t.name: t.nbytes for t in tensors}
+    return sizes
+
+
+def file_type(tensors: Sequence[GgufTensor]) -> int:
+    """llama.cpp's number (`enum llama_ftype`) of the type that most numbers of the matrices have. A K type by itself is
+    called the middle one of its mixtures, as llama.cpp does when it guesses.
+    """
+    held: Counter[str] = Counter()
+    for tensor in tensors:
+        if len(tensor.shape) > 1:
+            held[tensor.type] += math.prod(tensor.shape)
+    (kind, _), *_ = held.most_common(1) or [("F32", 0)]
+    names = import_gguf().LlamaFileType
+    wanted = (f"MOSTLY_{kind}", f"MOSTLY_{kind}_M", f"ALL_{kind}")
+    return int(next(names[name] for name in wanted if name in names.__members__))
 
 
 def _add(writer: Any, key: str, value: Value) -> None:

@@ -8,10 +8,10 @@ its size. Their first cores stacked are one product of the same numbers; the sec
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from edgec.contraction import MatMul
+from edgec.contraction import MatMul, walk
 from edgec.runtime.ggml.program import Program
 
 _TOGETHER = {"attn": ("attn_q", "attn_k", "attn_v"), "ffn": ("ffn_gate", "ffn_up")}
@@ -26,12 +26,15 @@ class Bundle:
     rows: tuple[int, ...]
 
 
-def bundles(programs: Mapping[str, Program]) -> dict[str, Bundle]:
-    """By block and part: "blk.0.attn", "blk.0.ffn".
+def bundles(programs: Mapping[str, Program], others: Iterable[str] = ()) -> dict[str, Bundle]:
+    """By block and part: "blk.0.attn", "blk.0.ffn". others: tensors that are used beside the programs' cores.
 
     A layer takes part whose program starts with a product, by a core that nothing else uses.
     """
-    used = Counter(tensor for program in programs.values() for tensor in program.cores.values())
+    used = Counter(others)
+    for program in programs.values():
+        steps = (getattr(step, "core", None) for step in walk(program.contraction.steps))
+        used.update(program.cores[core] for core in steps if core is not None)
     found = {}
     for block in dict.fromkeys(name.rpartition(".")[0] for name in programs):
         for part, together in _TOGETHER.items():

@@ -77,6 +77,10 @@ class Config:
         return self.window > 0 and layer % self.period < self.period - 1
 
 
+_MOST_HEADS = 16
+"""Times that queries or keys may be as wide as the network; 4 is the most that a model is known to have."""
+
+
 def read_config(header: GgufHeader, vocab: int, rope: int | None = None) -> Config:
     """From metadata. vocab: rows of the table; rope: given by factored files, whose queries keep transformers' order.
 
@@ -92,6 +96,8 @@ def read_config(header: GgufHeader, vocab: int, rope: int | None = None) -> Conf
     heads = header.integer(f"{name}.attention.head_count", low=1)
     head = header.integer(f"{name}.attention.key_length", width // heads, low=2, high=1024)
     kv_heads = header.integer(f"{name}.attention.head_count_kv", heads, low=1)
+    if heads > width or max(heads, kv_heads) * head > _MOST_HEADS * width:
+        raise CheckpointError(f"{header.path}: {heads} and {kv_heads} heads of {head} in a width of {width}")
     if heads % kv_heads or head % 2:
         raise UnsupportedModelError(f"{header.path}: {heads} heads of {head} over {kv_heads} key heads")
     for key, expected in (("attention.value_length", head), ("rope.dimension_count", head)):

@@ -10,7 +10,7 @@ from functools import cached_property
 from math import prod
 
 from edgec import limits
-from edgec.contraction import BlockMatMul, Gather, MatMul, Scale, Step, Sum, core_shapes, infer_shape, walk
+from edgec.contraction import BlockMatMul, Gather, MatMul, Scale, Step, Sum, core_shapes, flops, infer_shape, walk
 from edgec.errors import CheckpointError
 from edgec.gguf_header import GgufHeader
 from edgec.runtime.ggml.bundles import Bundle, bundles
@@ -25,6 +25,8 @@ TABLE, HEAD = "token_embd", "output"
 ROPE_FREQS = "rope_freqs.weight"
 """Divisors of the rotary frequencies, [head / 2] float32 (Llama 3)."""
 _LINEARS = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+_MOST_WORK = 1024
+"""Operations per token and stored byte. Dense 4-bit layers do 4, trains of small cores some dozens."""
 _NODES_PER_BLOCK = 96
 _NODES_AROUND = 64
 
@@ -69,7 +71,8 @@ class Network:
 
     @cached_property
     def bundles(self) -> dict[str, Bundle]:
-        return bundles(self.programs)
+        dense = [f"{name}.weight" for name in self.linears() if name not in self.programs]
+        return bundles(self.programs, (*dense, *self.vectors()))
 
     def vectors(self) -> dict[str, int]:
         """Norms that must be there, with their sizes, and biases that the file has."""
@@ -172,11 +175,16 @@ def _check(network: Network, header: GgufHeader) -> None:
         _require(header, f"{TABLE}.weight", (network.config.vocab, network.config.width), _MATRICES)
     for name, size in network.vectors().items():
         _require(header, name, (size,), frozenset({F32}))
+    if taken := sorted(network.tensors & network.bundles.keys()):
+        raise CheckpointError(f"{header.path}: the tensor {taken[0]!r} has a name that stands for several")
+    work = sum(flops(program.contraction) for program in network.programs.values())
+    if work > _MOST_WORK * sum(tensor.nbytes for tensor in header.tensors.values()):
+        raise CheckpointError(f"{header.path}: {work:.2g} operations a token, far too many for a file of its size")
 
 
 def _check_program(name: str, program: Program, header: GgufHeader) -> None:
     shapes = core_shapes(program.contraction)
-    if (widest := _widest(program.contraction.steps, program.contraction.start)) > limits.MAX_DIMENSION:
+    if (widest := _widest(program.contraction.steps, program.contraction.start)) > limits.MAX_PER_TOKEN:
         raise CheckpointError(f"{header.path}: the program of {name!r} makes {widest} numbers of one token")
     for step in walk(program.contraction.steps):
         if isinstance(step, MatMul | Gather):

@@ -84,7 +84,7 @@ def decode(text: str, source: object) -> dict[str, Program]:
         try:
             found[layer] = _program(entry)
         except (PlanError, ValueError) as error:
-            raise CheckpointError(f"{source}: the program of layer {layer[:80]!r}: {error}") from error
+            raise CheckpointError(f"{source}: the program of layer {layer[:80]!r}: {str(error)[:500]}") from error
     return found
 
 

@@ -119,6 +119,7 @@ def test_operators_that_differ_are_named() -> None:
         {"shape": [1, 3]},
         {"shape": [-1, -2]},
         {"shape": "x"},
+        {"shape": [float("inf"), 1]},
         {"values": "*"},
         {"operators": []},
         {"operators": {"a": "b"}},

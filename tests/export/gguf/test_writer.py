@@ -10,10 +10,11 @@ import pytest
 
 from edgec.errors import ExportError
 from edgec.export.gguf.floats import copy_in_floats, values_of
-from edgec.export.gguf.writer import GgufTensor, tensor_of, write_gguf
+from edgec.export.gguf.writer import GgufTensor, file_type, tensor_of, write_gguf
 from edgec.fit import fit
 from edgec.gguf_header import read_header
 from edgec.quantize.formats import LayerFormat
+from edgec.quantize.ggml_formats import EXACT, TYPES
 from edgec.records import Spec
 
 pytest.importorskip("gguf", reason="needs the extra edgec[gguf]")
@@ -43,7 +44,7 @@ def test_a_file_is_read_back_as_it_was_meant(tmp_path: Path) -> None:
     sizes = write_gguf(path, METADATA, tensors())
     header = read_header(path)
     told = {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in header.metadata.items()}
-    assert told == {**METADATA, "llama.attention.layer_norm_rms_epsilon": pytest.approx(1e-5)}
+    assert told == {**METADATA, "general.file_type": 2, "llama.attention.layer_norm_rms_epsilon": pytest.approx(1e-5)}
     assert {name: (t.type_name, t.shape, t.nbytes) for name, t in header.tensors.items()} == {
         "int4-b32.weight": ("Q4_0", (64, 256), 64 * 256 * 18 // 32),
         "q3_k.weight": ("Q3_K", (64, 256), 64 * 110),
@@ -55,6 +56,22 @@ def test_a_file_is_read_back_as_it_was_meant(tmp_path: Path) -> None:
     for fmt in ("int4-b32", "q3_k", "fp16"):
         core: Any = fit(WEIGHT, Spec("dense"), LayerFormat.parse(fmt)).dense()
         np.testing.assert_array_equal(values_of(header, f"{fmt}.weight"), core)
+
+
+@pytest.mark.parametrize(
+    ("types", "number"),
+    [(("F32",), 0), (("F16",), 1), (("Q4_0", "Q8_0", "Q8_0"), 2), (("Q4_K", "F32"), 15), (("IQ3_XXS",), 23), ((), 0)],
+)
+def test_a_file_says_what_it_mostly_holds(types: tuple[str, ...], number: int) -> None:
+    """llama.cpp's numbers, by the weights of the matrices: the first type has the most; vectors do not count."""
+    tensors = [GgufTensor(f"t{i}", (1024 >> 3 * i, 256), kind, dict) for i, kind in enumerate(types)]
+    vector = GgufTensor("norm", (1 << 20,), "F32", dict)
+    assert file_type([*tensors, vector]) == number
+
+
+def test_every_type_that_a_plan_may_name_has_a_number() -> None:
+    for kind in (*TYPES, *EXACT.values()):
+        assert 0 <= file_type([GgufTensor("t", (1, 256), kind, dict)]) < 64
 
 
 def test_equal_inputs_give_equal_bytes(tmp_path: Path) -> None:
