@@ -163,7 +163,7 @@ def _number(record: dict[str, Any], key: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise BenchError(f"{key} is not a number")
     if not _MIN_NUMBER < value < _MAX_NUMBER:  # not isfinite, which an integer of 400 digits breaks
-        told = value if isinstance(value, float) else "out of range"
+        told = value if isinstance(value, float) or abs(value) < _MAX_NUMBER else "too large"
         raise BenchError(f"{key} is {told}, which no measurement can be")
     return float(value)
 

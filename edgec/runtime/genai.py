@@ -61,7 +61,7 @@ def refuse_libraries(config: Any, path: Path) -> None:
             if key not in _SESSION_KEYS and not key.startswith(_SESSION_ENTRIES):
                 raise CheckpointError(f"{path}: the session option {key[:80]!r} is not one that edgec lets a file set")
         providers = found.get("provider_options", []) if isinstance(found, dict) else []
-        for entry in providers if isinstance(providers, list) else (providers,):
+        for entry in providers if isinstance(providers, list) else ("provider_options",):
             if not isinstance(entry, dict) or any(name.lower() not in _PROVIDERS for name in entry):
                 raise CheckpointError(
                     f"{path}: the provider {str(entry)[:80]!r} is not one that edgec runs ({', '.join(_PROVIDERS)})"

@@ -53,4 +53,4 @@ def test_an_svd_that_does_not_converge_names_the_form(monkeypatch: pytest.Monkey
     monkeypatch.setattr(np.linalg, "svd", diverges)
     weight = np.random.default_rng(0).standard_normal((64, 64)).astype(np.float32)
     with pytest.raises(NumericsError, match="cp: SVD did not converge; give the layer another form"):
-        fit(weight, Spec("cp", (8,), ((8, 8), (8, 8))), LayerFormat.parse("fp32"))
+        fit(weight, Spec("cp", (8,), ((8, 1), (8, 1), (1, 8), (1, 8))), LayerFormat.parse("fp32"))

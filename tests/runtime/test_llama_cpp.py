@@ -171,7 +171,7 @@ def test_without_a_vocabulary_ids_work_and_text_is_refused(folder: Path, tmp_pat
 
 
 def vocabulary_file(path: Path, **metadata: Any) -> Path:
-    """A file of metadata only. Byte tokens and both marks unless told otherwise."""
+    """A file of metadata only: byte tokens and both marks, or another model's own."""
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "a", "\u2581b"]
     told: dict[str, Any] = {
         "general.architecture": "llama",
@@ -180,6 +180,8 @@ def vocabulary_file(path: Path, **metadata: Any) -> Path:
         "tokenizer.ggml.bos_token_id": 1,
         "tokenizer.ggml.eos_token_id": 2,
     }
+    if "model" in metadata:
+        del told["tokenizer.ggml.bos_token_id"], told["tokenizer.ggml.eos_token_id"]
     told |= {f"tokenizer.ggml.{key}": value for key, value in metadata.items()}
     tokens = told["tokenizer.ggml.tokens"]
     kinds = [6 if token.startswith("<0x") else 3 if token in ("<s>", "</s>") else 1 for token in tokens]
@@ -199,9 +201,10 @@ def test_vocabularies_that_would_end_the_process_are_refused(tmp_path: Path) -> 
     bare = vocabulary_file(tmp_path / "bare.gguf", tokens=["<unk>", "<s>", "</s>", "a"])
     with pytest.raises(CheckpointError, match="no token for 255 of the 256 bytes"):
         Vocabulary(bare).encode("a b")
-    unmarked = vocabulary_file(tmp_path / "unmarked.gguf", bos_token_id=100_000, add_bos_token=True)
-    with pytest.raises(CheckpointError, match="no token that begins a text|cannot load"):
-        Vocabulary(unmarked).encode("a b")
+    told = {"model": "gpt2", "pre": "llama-bpe", "tokens": ["a", "b", "c", "ab"], "merges": ["a b"]}
+    unmarked = vocabulary_file(tmp_path / "unmarked.gguf", **told)
+    with pytest.raises(CheckpointError, match="no token that begins a text"):
+        Vocabulary(unmarked).encode("ab")
 
 
 def test_a_vocabulary_needs_no_weights(folder: Path, model: LlamaCpp) -> None:
