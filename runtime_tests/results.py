@@ -26,6 +26,10 @@ from edgec.outputs import written_file
 
 FILE = Path(__file__).resolve().parents[1] / "RESULTS.md"
 
+_SHAPE = (
+    "edgec bench --shape llama-3.2-1b --target onnx-x64 --target gguf-factored --baseline int4 "
+    "--baseline int4-pruned --baseline q4_0 --baseline q4_k_m --baseline q8_0 --rounds 3"
+)
 FIGURES: Mapping[str, tuple[str, str]] = {
     "minilm": ("all-MiniLM-L6-v2, exported, STS-Benchmark dev", "python -m runtime_tests.figures minilm"),
     "encoders": ("all-MiniLM-L6-v2 on x86-64: size, quality and speed", "python -m runtime_tests.encoders"),
@@ -57,11 +61,9 @@ FIGURES: Mapping[str, tuple[str, str]] = {
     ),
     "headlines": ("The sources' headlines", "python -m runtime_tests.frontier headlines --heal 1500steps"),
     "streaming": ("Compression of models too large to hold", "python -m runtime_tests.streaming"),
-    "shape-1b": (
-        "Llama 3.2 1B shape, random weights: both runtimes against dense peers",
-        "edgec bench --shape llama-3.2-1b --target onnx-x64 --target gguf-factored --baseline int4 "
-        "--baseline int4-pruned --baseline q4_0 --baseline q4_k_m --baseline q8_0 --rounds 3",
-    ),
+    "shape-1b": ("Llama 3.2 1B shape, random weights: both runtimes against dense peers", _SHAPE),
+    "shape-1b-again": ("The same bench once more", _SHAPE),
+    "shape-1b-one-thread": ("The same on one thread", f"{_SHAPE} --threads 1"),
     "ggml": (
         "Factored and dense GGUF files, random weights, against llama.cpp",
         "python -m runtime_tests.ggml.figures --threads 1 --threads 2 --rounds 3",

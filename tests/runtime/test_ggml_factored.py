@@ -36,7 +36,8 @@ from edgec.records import Spec
 from edgec.runtime import RuntimeOptions, find_loader, llama_cpp, open_artifact
 from edgec.runtime.ggml import MODEL_FILE, library
 from edgec.runtime.ggml.model import GgmlModel
-from edgec.runtime.ggml.network import Network
+from edgec.runtime.ggml.network import SECONDS, Network
+from edgec.runtime.ggml.tensors import Device
 from edgec.runtime.llama_cpp import Vocabulary
 
 TARGET = get_target("gguf-factored")
@@ -419,6 +420,10 @@ def test_layers_of_one_input_share_their_first_product(
     model, found = answers()
     bundled = model.session.network.bundles
     assert bundled and all(model.session.weights.has(name) for name in bundled)
+    pairs = [f"{name}{SECONDS}" for name, bundle in bundled.items() if bundle.seconds]
+    assert len(pairs) == checkpoint.config["num_hidden_layers"]
+    packed = model.session.weights.stack(pairs[0]) is not None  # a token's gate and its partner are one product
+    assert packed or not Device(1).packed_memory()
     monkeypatch.setattr(Network, "bundles", {})
     model, expected = answers()
     assert not any(model.session.weights.has(name) for name in bundled)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from edgec.runtime.ggml.library import PREC_F32, Library
-from edgec.runtime.ggml.network import ROPE_FREQS, TABLE, Network
+from edgec.runtime.ggml.network import ROPE_FREQS, SECONDS, TABLE, Network
 from edgec.runtime.ggml.ops import NamedCores, lower
 from edgec.runtime.ggml.tensors import Context, Tensor, kind_of, padded, sizes, strides
 from edgec.runtime.ggml.weights import Weights
@@ -24,7 +24,8 @@ class Inputs:
 
     ids, positions [T] int32; places [T] int64: where in the cache. mask, local_mask: flat, [T · positions] F16 or F32
     (0 or −inf). value_places: [T · kv width] int64, where values lie transposed. outputs [n] int32: whose logits.
-    rows: (width, T), the tokens' rows of a table that is one matrix, as stored; order: 0 … T − 1 as int32.
+    rows: (width, T), the tokens' rows of a table that is one matrix, as stored; order: 0 … T − 1 as int32. experts: of
+    one token, (2, 1): 0 and 1 as int32.
     """
 
     ids: Tensor
@@ -36,6 +37,7 @@ class Inputs:
     value_places: Tensor | None = None
     rows: Tensor | None = None
     order: Tensor | None = None
+    experts: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ class Forward:
             if c.post_norms:
                 attended = self._norm(attended, f"blk.{layer}.post_attention_norm")
             x = self._node("add", attended, x)
-            fed = self._feed_forward(layer, self._norm(x, f"blk.{layer}.ffn_norm"))
+            fed = self._feed_forward(layer, self._norm(x, f"blk.{layer}.ffn_norm"), inputs)
             if c.post_norms:
                 fed = self._norm(fed, f"blk.{layer}.post_ffw_norm")
             x = self._node("add", fed, x)
@@ -160,11 +162,28 @@ class Forward:
         step = self.lib.row_size(kind_of(values), cache.capacity)
         return viewed, self._node("view_3d", values, self.seen, c.head, c.kv_heads, step, step * c.head, 0)
 
-    def _feed_forward(self, layer: int, x: Tensor) -> Tensor:
-        begun = self._begin(f"blk.{layer}.ffn", x)
-        up, gate = self._linear(f"blk.{layer}.ffn_up", x, begun), self._linear(f"blk.{layer}.ffn_gate", x, begun)
+    def _feed_forward(self, layer: int, x: Tensor, inputs: Inputs) -> Tensor:
+        name = f"blk.{layer}.ffn"
+        together = self._together(name, x, inputs)
+        begun = {} if together else self._begin(name, x)
+        up, gate = (together.get(f"{name}{n}") or self._linear(f"{name}{n}", x, begun) for n in ("_up", "_gate"))
         gated = self._node("geglu_split" if self.config.gemma else "swiglu_split", gate, up)
         return self._linear(f"blk.{layer}.ffn_down", gated)
+
+    def _together(self, part: str, x: Tensor, inputs: Inputs) -> dict[str, Tensor]:
+        """Layers of this part of a block that are two products for all of them → their y (out, 1); one token only."""
+        bundle, stack = self.network.bundles.get(part), self.weights.stack(f"{part}{SECONDS}")
+        if bundle is None or stack is None or inputs.experts is None or not self.weights.has(part):
+            return {}
+        if any(f"{name}.bias" in self.network.tensors for name in bundle.layers):
+            return {}
+        first, count = self._node("mul_mat", self.weights.product(part), x), len(bundle.layers)
+        parts = self._sized(first, bundle.rows[0], count, 1)
+        y = self._node("mul_mat_id", stack, parts, inputs.experts)
+        rows, step = sizes(y)[0], strides(y)[1]
+        return {
+            name: self._node("view_2d", y, rows, 1, step, place * step) for place, name in enumerate(bundle.layers)
+        }
 
     def _begin(self, part: str, x: Tensor) -> dict[str, Tensor]:
         """Layers of this part of a block whose first cores are one product → their parts of it, of sizes (r, T)."""

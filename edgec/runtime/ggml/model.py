@@ -18,7 +18,7 @@ import numpy as np
 from edgec.errors import CheckpointError, NumericsError, UsageError, VerificationError
 from edgec.gguf_header import GgufHeader, read_header
 from edgec.runtime.ggml import MODEL_FILE
-from edgec.runtime.ggml.network import read_network
+from edgec.runtime.ggml.network import SECONDS, read_network
 from edgec.runtime.ggml.program import SELFTEST_IDS, SELFTEST_LOGITS, SELFTEST_TOKENS
 from edgec.runtime.ggml.session import CHUNK, Session
 from edgec.runtime.ggml.tensors import Device
@@ -69,7 +69,8 @@ class GgmlModel:
         options = options or RuntimeOptions()
         self.device = Device(options.thread_count(), options.gpu)
         bundles = {name: bundle.cores for name, bundle in network.bundles.items()}
-        weights = Weights(self.device, header, network.uses(), bundles, pack=pack)
+        experts = {f"{name}{SECONDS}": bundle.seconds for name, bundle in network.bundles.items() if bundle.seconds}
+        weights = Weights(self.device, header, network.uses(), bundles, experts, pack=pack)
         self.session = Session(
             self.device,
             network,

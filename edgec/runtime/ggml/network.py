@@ -22,6 +22,8 @@ from edgec.runtime.ggml.weights import Use
 from edgec.runtime.layout import FORMAT_KEY
 
 TABLE, HEAD = "token_embd", "output"
+SECONDS = ".second"
+"""What the name of a bundle gets for its second cores."""
 ROPE_FREQS = "rope_freqs.weight"
 """Divisors of the rotary frequencies, [head / 2] float32 (Llama 3)."""
 _LINEARS = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
@@ -175,7 +177,7 @@ def _check(network: Network, header: GgufHeader) -> None:
         _require(header, f"{TABLE}.weight", (network.config.vocab, network.config.width), _MATRICES)
     for name, size in network.vectors().items():
         _require(header, name, (size,), frozenset({F32}))
-    if taken := sorted(network.tensors & network.bundles.keys()):
+    if taken := sorted(network.tensors & {f"{name}{end}" for name in network.bundles for end in ("", SECONDS)}):
         raise CheckpointError(f"{header.path}: the tensor {taken[0]!r} has a name that stands for several")
     work = sum(flops(program.contraction) for program in network.programs.values())
     if work > _MOST_WORK * sum(tensor.nbytes for tensor in header.tensors.values()):

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from edgec.errors import NumericsError, UsageError
+from edgec.runtime.ggml.bundles import PAIR
 from edgec.runtime.ggml.forward import Cache, Forward, Inputs
 from edgec.runtime.ggml.library import F16, F32, I32, I64, Q8_0
 from edgec.runtime.ggml.network import TABLE, Network
@@ -68,9 +69,11 @@ class _Feed:
         self.value_places = None if flash else make(I64, np.int64, tokens * width)
         self.rows = make(table.type, np.uint8, network.config.width, tokens) if table else None
         self.order = make(I32, np.int32, tokens) if table else None
-        if self.order is not None:
-            self.order.values[:] = np.arange(tokens)
-            self.order.send()
+        self.experts = make(I32, np.int32, PAIR, 1) if tokens == 1 else None
+        for numbers in (self.order, self.experts):
+            if numbers is not None:
+                numbers.values[:] = np.arange(len(numbers.values))
+                numbers.send()
         self._strides = np.arange(width, dtype=np.int64) * capacity
         self._seen: tuple[int, int] | None = None
         made = {name: getattr(self, name) for name in _INPUTS}

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from edgec.errors import CheckpointError
 from edgec.gguf_header import GgufHeader, GgufTensor
 from edgec.runtime.ggml.library import USAGE_WEIGHTS
-from edgec.runtime.ggml.tensors import Buffer, Context, Device, Tensor
+from edgec.runtime.ggml.tensors import Buffer, Context, Device, Tensor, sizes, strides
 
 logger = logging.getLogger(__name__)
 
@@ -83,11 +83,13 @@ class Weights:
         header: GgufHeader,
         uses: Mapping[str, Use],
         bundles: Mapping[str, Sequence[str]] | None = None,
+        experts: Mapping[str, Sequence[str]] | None = None,
         *,
         pack: bool = True,
     ) -> None:
         """Loads what `uses` names. bundles: name → tensors to multiply with as one, where that takes no second copy
-        (`has` tells). pack: off only to compare with a llama.cpp that does not repack. Raises CheckpointError.
+        (`has` tells). experts: the same for tensors of one shape that are asked together (`stack`), and alone as
+        before. pack: off only to compare with a llama.cpp that does not repack. Raises CheckpointError.
         """
         if header.alignment % ALIGNMENT:
             raise CheckpointError(f"{header.path}: alignment {header.alignment}; ggml needs a multiple of {ALIGNMENT}")
@@ -99,7 +101,8 @@ class Weights:
         self._stored = {name: _Stored((header.tensors[name],)) for name in uses}
         self._asked: dict[tuple[int, tuple[int, ...]], int | None] = {}
         self._pack = pack and device.on_cpu
-        uses = self._bundled(uses, bundles or {})
+        self._stacks: dict[str, Tensor] = {}
+        uses = self._bundled(uses, {**(bundles or {}), **(experts or {})})
         packed = {name: memory for name, use in uses.items() if use.product and (memory := self._packing(name))}
         self._file = header.path.open("rb", buffering=0)
         weakref.finalize(self, self._file.close)
@@ -126,12 +129,17 @@ class Weights:
         largest_first = sorted(packed, key=lambda n: -self._stored[n].nbytes)
         for memory in dict.fromkeys(packed.values()):
             self._copy([n for n in largest_first if packed[n] == memory], memory, self._product)
+        self._split(experts or {})
         self.forget_rows()
         self.packed_bytes = sum(b.nbytes for b in self._buffers[1:]) if device.on_cpu else 0
 
     def has(self, bundle: str) -> bool:
         """Can this bundle be multiplied with (`product`)?"""
         return bundle in self._product
+
+    def stack(self, experts: str) -> Tensor | None:
+        """(in, out, count) of tensors to be asked together by `mul_mat_id`, where they lie so."""
+        return self._stacks.get(experts)
 
     def product(self, core: str) -> Tensor:
         return self._product[core]
@@ -169,6 +177,22 @@ class Weights:
                 for name in names:
                     del found[name]
         return found
+
+    def _split(self, experts: Mapping[str, Sequence[str]]) -> None:
+        """Views of what was stacked: each part as a matrix, and all as the leaves of one tensor."""
+        stacked = {name: parts for name, parts in experts.items() if name in self._product}
+        lib, context = self.device.lib, self._context(3 * len(stacked) + 1)
+        for name, parts in stacked.items():
+            whole = self._product[name]
+            columns, rows = sizes(whole)[:2]
+            step, count = strides(whole)[1], rows // len(parts)
+            views = [lib.view_3d(context.pointer, whole, columns, count, len(parts), step, step * count, 0)]
+            for place in range(len(parts)):
+                views.append(lib.view_2d(context.pointer, whole, columns, count, step, place * step * count))
+            if any(lib.backend_view_init(view) for view in views):
+                raise CheckpointError(f"{self.header.path}: ggml refuses the parts of {name!r}")
+            self._stacks[name] = views[0]
+            self._product |= dict(zip(parts, views[1:], strict=True))
 
     def _packing(self, name: str) -> int | None:
         """The memory in which its products are fastest, where any packed memory takes this matrix."""
