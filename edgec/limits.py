@@ -26,9 +26,6 @@ MAX_GGUF_STRINGS = 1 << 21
 MAX_TOKEN_CHARACTERS = 512
 """Longest token of a GGUF's vocabulary [characters]; rebuilding merges takes the square of it."""
 
-MAX_PER_TOKEN = 1 << 20
-"""Most numbers that a factored layer's program may make of one token [count]; large vocabularies need a quarter."""
-
 PROBE_TIMEOUT_S = 120
 """Longest that llama.cpp may take to read a vocabulary [seconds]."""
 

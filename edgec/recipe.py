@@ -150,7 +150,7 @@ def _seed(path: Path, body: Mapping[str, Any]) -> int | None:
     if "seed" not in body:
         return None
     value = body["seed"]
-    if type(value) is not int or value < 0:
+    if type(value) is not int or not 0 <= value < 1 << 63:
         raise RecipeError(f"{path}: seed: expected a whole number from 0 on, got {value!r:.40}")
     return value
 

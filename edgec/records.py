@@ -7,7 +7,6 @@ importing one another. Anything that computes belongs in a room, not here.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -81,7 +80,10 @@ class Choice:
         spec = entry["spec"]
         modes = tuple((int(o), int(i)) for o, i in spec["modes"])
         structure = Spec(str(spec["kind"]), tuple(int(r) for r in spec["ranks"]), modes)
-        out, in_ = (int(n) for n in entry["shape"] if math.isfinite(n))
+        out, in_ = entry["shape"]
+        whole = {"out": out, "in": in_, "bytes": entry["bytes"]}
+        if any(type(n) is not int or not 0 <= n < 1 << 62 for n in whole.values()):
+            raise ValueError(f"{', '.join(whole)} are numbers of a size that a file can have")
         return cls(**{**entry, "spec": structure, "shape": (out, in_)})
 
 

@@ -26,7 +26,7 @@ from edgec.quantize.formats import LayerFormat
 from edgec.records import PLAN_VERSION, Choice, Plan, Spec
 
 _MAX_DEPTH = 16
-_HUGE = re.compile(r"[-+]?(0x[0-9A-Fa-f_]{65,}|0o[0-7_]{65,}|[0-9_]{65,})")
+_HUGE = re.compile(r"[-+]?(0x[0-9A-Fa-f_]{65,}|0o[0-7_]{65,}|0b[01_]{65,}|[0-9_]{20,})")
 """Python refuses to print such numbers, and none is meant."""
 _PLAN_KEYS = {"version", "fingerprint", "target", "budget", "totals", "notes", "layers"}
 _LAYER_KEYS = {"kind", "ranks", "modes", "format", "bytes", "error", "loss"}

@@ -41,8 +41,24 @@ _SESSION_KEYS = frozenset(
         "use_env_allocators", "disable_quant_qdq", "enable_quant_qdq_cleanup",
     )
 )  # fmt: skip
-_SESSION_ENTRIES = ("session.intra_op.", "session.inter_op.", "session.dynamic_block_base", "session.set_denormal")
-_PROVIDERS = ("cpu", "cuda")
+_SESSION_ENTRIES = (
+    "session.intra_op.", "session.inter_op.", "session.dynamic_block_base", "session.set_denormal_as_zero",
+    "session.disable_prepacking", "session.use_device_allocator_for_initializers", "mlas.", "ep.cuda.",
+    "optimization.disable_specified_optimizers",
+)  # fmt: skip
+"""Entries that only say how fast to be; others name files and libraries."""
+_PROVIDERS: dict[str, frozenset[str]] = {
+    "cpu": frozenset(),
+    "cuda": frozenset(
+        (
+            "arena_extend_strategy", "cudnn_conv1d_pad_to_nc1d", "cudnn_conv_algo_search",
+            "cudnn_conv_use_max_workspace", "device_id", "do_copy_in_default_stream", "enable_cuda_graph",
+            "enable_skip_layer_norm_strict_mode", "gpu_mem_limit", "prefer_nhwc", "tunable_op_enable",
+            "tunable_op_max_tuning_duration_ms", "tunable_op_tuning_enable", "use_ep_level_unified_stream", "use_tf32",
+        )
+    ),
+}  # fmt: skip
+"""Providers that edgec runs, and the options of theirs that genai's builder writes; others hold pointers and paths."""
 
 
 def refuse_libraries(config: Any, path: Path) -> None:
@@ -62,10 +78,13 @@ def refuse_libraries(config: Any, path: Path) -> None:
                 raise CheckpointError(f"{path}: the session option {key[:80]!r} is not one that edgec lets a file set")
         providers = found.get("provider_options", []) if isinstance(found, dict) else []
         for entry in providers if isinstance(providers, list) else ("provider_options",):
-            if not isinstance(entry, dict) or any(name.lower() not in _PROVIDERS for name in entry):
-                raise CheckpointError(
-                    f"{path}: the provider {str(entry)[:80]!r} is not one that edgec runs ({', '.join(_PROVIDERS)})"
-                )
+            for name, chosen in entry.items() if isinstance(entry, dict) else ((str(entry), {}),):
+                known = _PROVIDERS.get(name.lower().removesuffix("executionprovider"))
+                if known is None or not isinstance(chosen, dict) or chosen.keys() - known:
+                    raise CheckpointError(
+                        f"{path}: the provider {str(entry)[:80]!r} is not one that edgec lets a file set; known are "
+                        f"{', '.join(_PROVIDERS)}"
+                    )
 
 
 class GenaiModel:

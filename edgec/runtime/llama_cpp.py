@@ -31,7 +31,11 @@ from edgec.runtime.prompts import SAMPLING, check_prompt, check_sampling, requir
 logger = logging.getLogger(__name__)
 
 PLUGIN = True
-_TOKENS = "tokenizer.ggml.tokens"
+_TOKENS, _MODEL = "tokenizer.ggml.tokens", "tokenizer.ggml.model"
+_SPACE = "\u2581"
+"""What SentencePiece puts in place of a space, and before a text."""
+_MODELS = ("llama", "gpt2", "gemma4", "none", "no_vocab")
+"""Kinds of vocabularies that causal LMs have: SentencePiece's, byte pairs, and no vocabulary."""
 MODEL_FILE = "model.gguf"
 ADAPTER_FILE = "adapter.gguf"
 
@@ -92,7 +96,7 @@ class Vocabulary:
     def __init__(self, path: Path) -> None:
         """Raises CheckpointError when the file's header is unsound or llama.cpp refuses its vocabulary."""
         self._header = read_header(path)
-        require_distinct_tokens(self._header)
+        require_sound_vocabulary(self._header)
         self._lib = import_llama_cpp()
         model = _open(self._lib, path, vocab_only=True)
         self._close = weakref.finalize(self, self._lib.llama_model_free, model)
@@ -118,8 +122,8 @@ class Vocabulary:
         """Token ids; special: add what the file says (the beginning of text) and read special tokens in the text."""
         if not self.there:
             raise CheckpointError("this GGUF has no vocabulary; give token ids instead of text")
-        if self._fault:
-            raise CheckpointError(f"{self._header.path}: {self._fault}; give token ids instead of text")
+        if fault := self._fault or self._unreadable(text):
+            raise CheckpointError(f"{self._header.path}: {fault}; give token ids instead of text")
         raw = text.encode("utf-8", "replace")
         room = len(raw) + 8
         ids = (self._lib.llama_token * room)()
@@ -131,18 +135,31 @@ class Vocabulary:
     @cached_property
     def _fault(self) -> str:
         """What llama.cpp would end the process for when it reads a text; "" for a sound vocabulary."""
-        lib, vocab, metadata = self._lib, self._vocab, self._header.metadata
+        lib, vocab = self._lib, self._vocab
         for what, wanted, token in (
             ("begins", lib.llama_vocab_get_add_bos, lib.llama_vocab_bos),
             ("ends", lib.llama_vocab_get_add_eos, lib.llama_vocab_eos),
         ):
             if wanted(vocab) and not 0 <= token(vocab) < self.size:
                 return f"its vocabulary has no token that {what} a text, and says that every text has one"
-        if metadata.get("tokenizer.ggml.model") == "llama":
-            known = set(self._header.strings(_TOKENS))
-            lacking = [b for b in range(256) if f"<0x{b:02X}>" not in known and chr(b) not in known]
-            if lacking:
-                return f"its vocabulary has no token for {len(lacking)} of the 256 bytes"
+        return ""
+
+    @cached_property
+    def _known(self) -> frozenset[str] | None:
+        """The tokens of a vocabulary that falls back to bytes; None for another kind."""
+        if self._header.metadata.get(_MODEL) != "llama":
+            return None
+        return frozenset(self._header.strings(_TOKENS))
+
+    def _unreadable(self, text: str) -> str:
+        """A character that is no token is taken apart, and llama.cpp ends the process where a byte is none either."""
+        known = self._known
+        if known is None:
+            return ""
+        for character in {_SPACE, *text.replace(" ", _SPACE)} - known:
+            for byte in character.encode("utf-8", "replace"):
+                if f"<0x{byte:02X}>" not in known and (byte > 127 or chr(byte) not in known):
+                    return f"its vocabulary has no tokens for {character!r}, nor for its bytes"
         return ""
 
     def piece(self, token: int) -> bytes:
@@ -177,7 +194,7 @@ class LlamaCpp:
         path = self.folder if self.folder.is_file() else self.folder / MODEL_FILE
         adapter = self.folder / ADAPTER_FILE
         header = read_header(path)
-        require_distinct_tokens(header)
+        require_sound_vocabulary(header)
         self._lib = import_llama_cpp()
         self._threads = (options or RuntimeOptions()).thread_count()
         self._cache = {"f16": self._lib.GGML_TYPE_F16, "q8_0": self._lib.GGML_TYPE_Q8_0}.get(
@@ -330,13 +347,22 @@ class LlamaCpp:
         return adapter  # freed with the model
 
 
-def require_distinct_tokens(header: GgufHeader) -> None:
-    """llama.cpp ends the process when two tokens are the same. Raises CheckpointError."""
-    if _TOKENS in header.metadata:
-        tokens = header.strings(_TOKENS)
-        if len(set(tokens)) < len(tokens):
-            twice = next(token for token, count in Counter(tokens).items() if count > 1)
-            raise CheckpointError(f"{header.path}: its vocabulary holds the token {twice[:40]!r} twice")
+def require_sound_vocabulary(header: GgufHeader) -> None:
+    """llama.cpp ends the process for tokens that are the same to it, and for what some kinds of vocabulary lack.
+    Raises CheckpointError.
+    """
+    model = header.metadata.get(_MODEL, "none")
+    if model not in _MODELS:
+        known = ", ".join(_MODELS)
+        raise CheckpointError(f"{header.path}: a vocabulary of kind {str(model)[:40]!r}; edgec reads {known}")
+    if _TOKENS not in header.metadata:
+        return
+    tokens = [token or f"[EMPTY_{place}]" for place, token in enumerate(header.strings(_TOKENS))]
+    if any("\0" in token for token in tokens):
+        raise CheckpointError(f"{header.path}: a token of its vocabulary holds a NUL, at which llama.cpp would cut it")
+    if len(set(tokens)) < len(tokens):
+        twice = next(token for token, count in Counter(tokens).items() if count > 1)
+        raise CheckpointError(f"{header.path}: its vocabulary holds the token {twice[:40]!r} twice")
 
 
 def sampler_chain(lib: Any, sampling: dict[str, Any] | None, vocab_size: int) -> Any:

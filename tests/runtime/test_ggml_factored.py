@@ -118,6 +118,26 @@ def test_every_decomposition_runs_in_a_model(kind: str, lm_source: Path, tmp_pat
     assert wiring_error(folder, ids, torch_logits(checkpoint, factors, ids)) < WIRING
 
 
+def write_family(folder: Path, name: str, changes: dict[str, Any]) -> None:
+    """A small random model of a family."""
+    config = getattr(transformers, "Gemma3TextConfig" if name == "Gemma3" else f"{name}Config")(
+        vocab_size=160,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        max_position_embeddings=128,
+        **changes,
+    )
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{name}ForCausalLM")(config)
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    model.save_pretrained(folder)
+
+
 def half(layer: Layer) -> tuple[Spec, str]:
     if layer.role == "embedding":
         return Spec("dense"), "int8-b32"
@@ -136,22 +156,7 @@ def half(layer: Layer) -> tuple[Spec, str]:
 )
 def test_every_family(name: str, changes: dict[str, Any], tmp_path: Path) -> None:
     """Quantised factors: exact where nothing is rounded, and near where activations are."""
-    config = getattr(transformers, "Gemma3TextConfig" if name == "Gemma3" else f"{name}Config")(
-        vocab_size=160,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=32,
-        max_position_embeddings=128,
-        **changes,
-    )
-    torch.manual_seed(0)
-    model = getattr(transformers, f"{name}ForCausalLM")(config)
-    for parameter in model.parameters():
-        parameter.data += 0.1 * torch.randn_like(parameter)
-    model.save_pretrained(tmp_path / "source")
+    write_family(tmp_path / "source", name, changes)
     checkpoint = open_checkpoint(tmp_path / "source")
     factors = factor(checkpoint, half)
     folder = exported(checkpoint, factors, tmp_path / "out")
@@ -408,9 +413,26 @@ def test_layers_of_one_input_share_their_first_product(
     lm_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Packed (int4) and as they lie in the file (int8): the same numbers as one product per core."""
-    checkpoint = open_checkpoint(lm_source)
+    _check_bundles(open_checkpoint(lm_source), tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("Gemma2", {"query_pre_attn_scalar": 32, "sliding_window": 9}),  # geglu
+        ("Llama", {"mlp_bias": True}),  # packed together, though the biases keep the products apart
+    ],
+)
+def test_pairs_of_other_families(
+    family: str, changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_family(tmp_path / "source", family, changes)
+    _check_bundles(open_checkpoint(tmp_path / "source"), tmp_path, monkeypatch)
+
+
+def _check_bundles(checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = exported(checkpoint, factor(checkpoint, half), tmp_path / "out")
-    ids = ids_of(320).tolist()
+    ids = ids_of(int(checkpoint.config["vocab_size"])).tolist()
 
     def answers() -> tuple[GgmlModel, list[NDArray[Any]]]:
         model = GgmlModel(folder, ONE)
@@ -420,10 +442,11 @@ def test_layers_of_one_input_share_their_first_product(
     model, found = answers()
     bundled = model.session.network.bundles
     assert bundled and all(model.session.weights.has(name) for name in bundled)
-    pairs = [f"{name}{SECONDS}" for name, bundle in bundled.items() if bundle.seconds]
-    assert len(pairs) == checkpoint.config["num_hidden_layers"]
-    packed = model.session.weights.stack(pairs[0]) is not None  # a token's gate and its partner are one product
-    assert packed or not Device(1).packed_memory()
+    stacks = [model.session.weights.stack(f"{name}{SECONDS}") for name in bundled if name.endswith(".ffn")]
+    assert len(stacks) == checkpoint.config["num_hidden_layers"]
+    device = Device(1)
+    packs = b"CPU_REPACK" in [device.lib.backend_buft_name(memory) for memory in device.packed_memory()]
+    assert all((stack is not None) == packs for stack in stacks)
     monkeypatch.setattr(Network, "bundles", {})
     model, expected = answers()
     assert not any(model.session.weights.has(name) for name in bundled)

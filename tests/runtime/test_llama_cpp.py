@@ -190,21 +190,53 @@ def vocabulary_file(path: Path, **metadata: Any) -> Path:
     return path
 
 
-def test_vocabularies_that_would_end_the_process_are_refused(tmp_path: Path) -> None:
-    """Each of them makes llama.cpp abort: on opening, or on the first text."""
-    sound = Vocabulary(vocabulary_file(tmp_path / "sound.gguf"))
-    assert sound.encode("a b")[0] == 1
-    twice = vocabulary_file(tmp_path / "twice.gguf", tokens=["<unk>", "<s>", "a", "a"])
+BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ({"tokens": ["<unk>", "<s>", "a", "a"]}, "holds the token 'a' twice"),
+        ({"tokens": ["<unk>", "<s>", "", "[EMPTY_2]"]}, r"holds the token '\[EMPTY_2\]' twice"),
+        ({"tokens": ["<unk>", "<s>", "a\0x", "a\0y"]}, "holds a NUL"),
+        ({"model": "bert", "tokens": ["[CLS]", "[SEP]", "<0x41>"]}, "a vocabulary of kind 'bert'"),
+    ],
+)
+def test_vocabularies_that_would_end_the_process_are_refused(
+    tmp_path: Path, metadata: dict[str, Any], message: str
+) -> None:
+    """llama.cpp aborts when it opens them."""
+    path = vocabulary_file(tmp_path / "model.gguf", **metadata)
     for opened in (Vocabulary, LlamaCpp):
-        with pytest.raises(CheckpointError, match="holds the token 'a' twice"):
-            opened(twice)
-    bare = vocabulary_file(tmp_path / "bare.gguf", tokens=["<unk>", "<s>", "</s>", "a"])
-    with pytest.raises(CheckpointError, match="no token for 255 of the 256 bytes"):
-        Vocabulary(bare).encode("a b")
-    told = {"model": "gpt2", "pre": "llama-bpe", "tokens": ["a", "b", "c", "ab"], "merges": ["a b"]}
-    unmarked = vocabulary_file(tmp_path / "unmarked.gguf", **told)
-    with pytest.raises(CheckpointError, match="no token that begins a text"):
-        Vocabulary(unmarked).encode("ab")
+        with pytest.raises(CheckpointError, match=message):
+            opened(path)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "text", "message"),
+    [
+        ({"tokens": ["<unk>", "<s>", "</s>", "a"]}, "a b", "no tokens for"),
+        ({"tokens": ["<unk>", "<s>", "</s>", *BYTES[:128], *map(chr, range(128, 256))]}, "\u4e2d", "no tokens for"),
+        ({"tokens": ["<unk>", "<s>", "</s>", *BYTES[1:]]}, "a\0b", "no tokens for"),
+        (
+            {"model": "gpt2", "pre": "llama-bpe", "tokens": ["a", "b", "c", "ab"], "merges": ["a b"]},
+            "ab",
+            "no token that begins a text",
+        ),
+    ],
+)
+def test_texts_that_would_end_the_process_are_refused(
+    tmp_path: Path, metadata: dict[str, Any], text: str, message: str
+) -> None:
+    """These open, and llama.cpp aborts when it reads the text."""
+    with pytest.raises(CheckpointError, match=message):
+        Vocabulary(vocabulary_file(tmp_path / "model.gguf", **metadata)).encode(text)
+
+
+def test_a_vocabulary_without_bytes_reads_what_it_has_tokens_for(tmp_path: Path) -> None:
+    assert Vocabulary(vocabulary_file(tmp_path / "sound.gguf")).encode("a b \u4e2d")[0] == 1
+    bare = Vocabulary(vocabulary_file(tmp_path / "bare.gguf", tokens=["<unk>", "<s>", "</s>", "\u2581", "a"]))
+    assert bare.encode("a a") == [1, 3, 4, 3, 4]
 
 
 def test_a_vocabulary_needs_no_weights(folder: Path, model: LlamaCpp) -> None:

@@ -86,7 +86,7 @@ def write_gguf(
     sizes = {tensor.name: tensor.nbytes for tensor in tensors}  # refuses an unknown type
     writer = gguf.GGUFWriter(path, str(metadata["general.architecture"]))
     try:
-        for key, value in {FILE_TYPE: file_type(tensors), **metadata}.items():
+        for key, value in {**metadata, FILE_TYPE: file_type(tensors)}.items():
             if key != "general.architecture":
                 _add(writer, key, value)
         for tensor in tensors:
@@ -118,7 +118,7 @@ def file_type(tensors: Sequence[GgufTensor]) -> int:
     (kind, _), *_ = held.most_common(1) or [("F32", 0)]
     names = import_gguf().LlamaFileType
     wanted = (f"MOSTLY_{kind}", f"MOSTLY_{kind}_M", f"ALL_{kind}")
-    return int(next(names[name] for name in wanted if name in names.__members__))
+    return int(next((names[name] for name in wanted if name in names.__members__), names.GUESSED))
 
 
 def _add(writer: Any, key: str, value: Value) -> None:

@@ -55,7 +55,8 @@ def bundles(programs: Mapping[str, Program], others: Iterable[str] = ()) -> dict
                     members.append((layer, program.cores[first.core], first.n))
             if len(members) > 1:
                 layers, cores, rows = zip(*members, strict=True)
-                found[f"{block}.{part}"] = Bundle(layers, cores, rows, _seconds([programs[n] for n in layers], used))
+                seconds = _seconds([programs[name] for name in layers], used) if part == "ffn" else ()
+                found[f"{block}.{part}"] = Bundle(layers, cores, rows, seconds)
     return found
 
 

@@ -77,7 +77,7 @@ class Config:
         return self.window > 0 and layer % self.period < self.period - 1
 
 
-_MOST_HEADS = 16
+_MOST_HEADS = 64
 """Times that queries or keys may be as wide as the network; 4 is the most that a model is known to have."""
 
 

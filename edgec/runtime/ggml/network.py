@@ -10,7 +10,19 @@ from functools import cached_property
 from math import prod
 
 from edgec import limits
-from edgec.contraction import BlockMatMul, Gather, MatMul, Scale, Step, Sum, core_shapes, flops, infer_shape, walk
+from edgec.contraction import (
+    BlockMatMul,
+    Gather,
+    MatMul,
+    Reshape,
+    Scale,
+    Step,
+    Sum,
+    core_shapes,
+    flops,
+    infer_shape,
+    walk,
+)
 from edgec.errors import CheckpointError
 from edgec.gguf_header import GgufHeader
 from edgec.runtime.ggml.bundles import Bundle, bundles
@@ -27,8 +39,10 @@ SECONDS = ".second"
 ROPE_FREQS = "rope_freqs.weight"
 """Divisors of the rotary frequencies, [head / 2] float32 (Llama 3)."""
 _LINEARS = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
-_MOST_WORK = 1024
-"""Operations per token and stored byte. Dense 4-bit layers do 4, trains of small cores some dozens."""
+_MOST_TIMES = 64
+"""Operations of all programs, as a multiple of those of the whole matrices that they stand for."""
+_MOST_PER_BYTE = 16384
+"""Operations per token and stored byte: 4 for a dense 4-bit layer, up to 3200 for trains of large matrices."""
 _NODES_PER_BLOCK = 96
 _NODES_AROUND = 64
 
@@ -179,14 +193,38 @@ def _check(network: Network, header: GgufHeader) -> None:
         _require(header, name, (size,), frozenset({F32}))
     if taken := sorted(network.tensors & {f"{name}{end}" for name in network.bundles for end in ("", SECONDS)}):
         raise CheckpointError(f"{header.path}: the tensor {taken[0]!r} has a name that stands for several")
-    work = sum(flops(program.contraction) for program in network.programs.values())
-    if work > _MOST_WORK * sum(tensor.nbytes for tensor in header.tensors.values()):
-        raise CheckpointError(f"{header.path}: {work:.2g} operations a token, far too many for a file of its size")
+    _check_work(network, header)
+
+
+def _check_work(network: Network, header: GgufHeader) -> None:
+    """Programs may take more operations than the matrices that they stand for (trains of many small cores do), but
+    neither many times more nor out of all proportion to the file. Raises CheckpointError.
+    """
+    steps = [p.contraction for p in network.programs.values()]
+    work = sum(flops(found) + _moved(found.steps, found.start)[0] for found in steps)
+    whole = sum(2 * out * in_ for out, in_ in network.linears().values()) + 2 * network.config.width
+    stored = sum(tensor.nbytes for tensor in header.tensors.values())
+    if work > _MOST_TIMES * whole or work > _MOST_PER_BYTE * stored:
+        raise CheckpointError(f"{header.path}: {work:.2g} operations a token, far too many for what it computes")
+
+
+def _moved(steps: Sequence[Step], trailing: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
+    """Numbers that one token's steps write, products left out, and the shape that they end with."""
+    moved = 0
+    for step in steps:
+        if isinstance(step, Sum):
+            for branch in step.branches:
+                inside, end = _moved(branch, trailing)
+                moved += inside + prod(end)
+        trailing = infer_shape((step,), trailing)
+        if not isinstance(step, MatMul | BlockMatMul | Reshape):
+            moved += prod(trailing)
+    return moved, trailing
 
 
 def _check_program(name: str, program: Program, header: GgufHeader) -> None:
     shapes = core_shapes(program.contraction)
-    if (widest := _widest(program.contraction.steps, program.contraction.start)) > limits.MAX_PER_TOKEN:
+    if (widest := _widest(program.contraction.steps, program.contraction.start)) > limits.MAX_DIMENSION:
         raise CheckpointError(f"{header.path}: the program of {name!r} makes {widest} numbers of one token")
     for step in walk(program.contraction.steps):
         if isinstance(step, MatMul | Gather):

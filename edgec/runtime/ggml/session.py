@@ -70,6 +70,7 @@ class _Feed:
         self.rows = make(table.type, np.uint8, network.config.width, tokens) if table else None
         self.order = make(I32, np.int32, tokens) if table else None
         self.experts = make(I32, np.int32, PAIR, 1) if tokens == 1 else None
+        self._memory = None if device.on_cpu else device.allocate(context, "the inputs")
         for numbers in (self.order, self.experts):
             if numbers is not None:
                 numbers.values[:] = np.arange(len(numbers.values))

@@ -15,7 +15,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from edgec.errors import CheckpointError, RuntimeUnavailableError
-from edgec.runtime.ggml.library import CPU, GPU, INTEGRATED_GPU, MAX_DIMS, InitParams, Library, TensorHead, library
+from edgec.runtime.ggml.library import CPU, GPU, I32, INTEGRATED_GPU, MAX_DIMS, InitParams, Library, TensorHead, library
 
 Tensor = int
 
@@ -128,6 +128,10 @@ class Device:
         context = Context(self.lib, 4)
         weight = context.new(kind, columns, rows)
         product = self.lib.mul_mat(context.pointer, weight, context.new(0, columns, 512))
+        return self._supports(product, weight, memory)
+
+    def _supports(self, product: Tensor, weight: Tensor, memory: int) -> bool:
+        """Would the device compute this node if the weight lay in that memory?"""
         head = TensorHead.from_address(weight)
         head.buffer = empty = self.lib.backend_buft_alloc_buffer(memory, 0)
         try:
@@ -135,6 +139,14 @@ class Device:
         finally:
             head.buffer = None
             self.lib.backend_buffer_free(empty)
+
+    def takes_experts(self, memory: int, kind: int, rows: int, columns: int, count: int) -> bool:
+        """Can `count` weights [rows, columns] in this memory be multiplied with one vector each, in one operation?"""
+        context = Context(self.lib, 5)
+        weight = context.new(kind, columns, rows, count)
+        ids = context.new(I32, count, 1)
+        product = self.lib.mul_mat_id(context.pointer, weight, context.new(0, columns, count, 1), ids)
+        return self._supports(product, weight, memory)
 
     def fastest_memory(self, kind: int, rows: int, columns: int) -> int | None:
         """The packed memory in which products with such a weight are fastest, where any takes it."""

@@ -34,6 +34,11 @@ _POPULATE_READ = 22
 """MADV_POPULATE_READ of Linux 5.14: read the pages in now, not one fault at a time."""
 
 
+_GROUP = 32
+"""Rows that a part of a packed stack must be a multiple of [count]: ggml interleaves 4, 8 or 16 of them."""
+_OWN_PACKING = b"CPU_REPACK"
+
+
 @dataclass(frozen=True)
 class Use:
     """How the graph reads a tensor. product: as the weight of a product; plain: in any other way."""
@@ -102,7 +107,9 @@ class Weights:
         self._asked: dict[tuple[int, tuple[int, ...]], int | None] = {}
         self._pack = pack and device.on_cpu
         self._stacks: dict[str, Tensor] = {}
-        uses = self._bundled(uses, {**(bundles or {}), **(experts or {})})
+        uses = self._bundled(uses, bundles or {})
+        experts = {name: parts for name, parts in (experts or {}).items() if self._separable(parts, uses)}
+        uses = self._bundled(uses, experts)
         packed = {name: memory for name, use in uses.items() if use.product and (memory := self._packing(name))}
         self._file = header.path.open("rb", buffering=0)
         weakref.finalize(self, self._file.close)
@@ -129,7 +136,7 @@ class Weights:
         largest_first = sorted(packed, key=lambda n: -self._stored[n].nbytes)
         for memory in dict.fromkeys(packed.values()):
             self._copy([n for n in largest_first if packed[n] == memory], memory, self._product)
-        self._split(experts or {})
+        self._split(experts)
         self.forget_rows()
         self.packed_bytes = sum(b.nbytes for b in self._buffers[1:]) if device.on_cpu else 0
 
@@ -177,6 +184,19 @@ class Weights:
                 for name in names:
                     del found[name]
         return found
+
+    def _separable(self, names: Sequence[str], uses: Mapping[str, Use]) -> bool:
+        """Can these be packed as one matrix, and asked both one by one and together? Only ggml's own packing is known
+        to keep groups of rows apart, and the groups must not depend on how many rows there are.
+        """
+        if any(uses.get(name) != Use(product=True) for name in names):
+            return False
+        memories = {self._packing(name) for name in names}
+        rows, columns = self._stored[names[0]].shape
+        memory = memories.pop()
+        if memories or memory is None or rows % _GROUP or self.device.lib.backend_buft_name(memory) != _OWN_PACKING:
+            return False
+        return self.device.takes_experts(memory, self._stored[names[0]].type, rows, columns, len(names))
 
     def _split(self, experts: Mapping[str, Sequence[str]]) -> None:
         """Views of what was stacked: each part as a matrix, and all as the leaves of one tensor."""
