@@ -34,7 +34,7 @@ from edgec.quantize import rtn
 from edgec.quantize.formats import LayerFormat, storable
 from edgec.records import Spec
 from edgec.runtime import RuntimeOptions, find_loader, llama_cpp, open_artifact
-from edgec.runtime.ggml import MODEL_FILE, library
+from edgec.runtime.ggml import MODEL_FILE, library, tensors
 from edgec.runtime.ggml.model import GgmlModel
 from edgec.runtime.ggml.network import SECONDS, Network
 from edgec.runtime.ggml.tensors import Device
@@ -451,3 +451,30 @@ def _check_bundles(checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.M
     model, expected = answers()
     assert not any(model.session.weights.has(name) for name in bundled)
     np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("table", ["dense", "factored"])
+def test_the_way_that_a_gpu_is_fed_gives_the_same_numbers(
+    table: str, lm_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights are copied, inputs sent and logits read back, as where memory is not the processor's; on its back end."""
+
+    def choose(layer: Layer) -> tuple[Spec, str]:
+        if layer.role == "embedding" and table == "factored":
+            return Spec("table_svd", ranks=(64,)), "int8-b32"
+        return half(layer)
+
+    checkpoint = open_checkpoint(lm_source)
+    folder = exported(checkpoint, factor(checkpoint, choose), tmp_path / "out")
+    ids = ids_of(320)
+    prompt = ids.reshape(-1).tolist()
+
+    def answers() -> tuple[NDArray[Any], list[int]]:
+        model = GgmlModel(folder, ONE, pack=False)
+        return model.logits(ids), list(model.forced(prompt, 6))
+
+    expected, tokens = answers()
+    monkeypatch.setattr(tensors.Device, "on_cpu", property(lambda self: False, lambda self, value: None), raising=False)
+    found, continued = answers()
+    np.testing.assert_array_equal(found, expected)
+    assert continued == tokens
