@@ -81,6 +81,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "ggml_backend_buft_name": (c_char_p, _P),
     "ggml_backend_buffer_free": (None, _P),
     "ggml_backend_buffer_clear": (None, _P, ctypes.c_uint8),
+    "ggml_backend_buffer_get_base": (_P, _P),
     "ggml_backend_buffer_get_size": (c_size_t, _P),
     "ggml_backend_buffer_set_usage": (None, _P, c_int),
     "ggml_backend_cpu_buffer_from_ptr": (_P, _P, c_size_t),

@@ -248,6 +248,8 @@ class Weights:
         for name in names:
             into[name] = self._new(context, name)
         buffer = self.device.allocate(context, "the weights", memory)
+        if self.device.on_cpu:
+            buffer.use_huge_pages()
         lib.backend_buffer_set_usage(buffer.pointer, USAGE_WEIGHTS)
         self._buffers.append(buffer)
         for name in names:
