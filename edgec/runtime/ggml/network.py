@@ -200,9 +200,9 @@ def _check_work(network: Network, header: GgufHeader) -> None:
     """Programs may take more operations than the matrices that they stand for (trains of many small cores do), but
     neither many times more nor out of all proportion to the file. Raises CheckpointError.
     """
-    steps = [p.contraction for p in network.programs.values()]
-    work = sum(flops(found) + _moved(found.steps, found.start)[0] for found in steps)
-    whole = sum(2 * out * in_ for out, in_ in network.linears().values()) + 2 * network.config.width
+    programs = [program.contraction for program in network.programs.values()]
+    work = sum(flops(program) + _moved(program.steps, program.start)[0] for program in programs)
+    whole = sum(2 * out * in_ for out, in_ in network.linears().values())
     stored = sum(tensor.nbytes for tensor in header.tensors.values())
     if work > _MOST_TIMES * whole or work > _MOST_PER_BYTE * stored:
         raise CheckpointError(f"{header.path}: {work:.2g} operations a token, far too many for what it computes")
