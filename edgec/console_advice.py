@@ -81,7 +81,7 @@ def _quantization(out: Console, found: Advice) -> None:
     out.print(shown)
     for number, source in enumerate(sources, start=1):
         _note(out, f"({number}) {source}")
-    _note(out, f"{found.target} offers dense: {', '.join(node.dense)}; factored: {', '.join(node.factored)}")
+    _note(out, f"{found.target} offers dense: {', '.join(node.dense)}; factored: {', '.join(node.factored) or 'none'}")
 
 
 def _cache(out: Console, found: Advice) -> None:
