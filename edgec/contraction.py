@@ -249,6 +249,21 @@ def flops(contraction: Contraction) -> int:
     return _flops(contraction.steps, contraction.start)
 
 
+def widest(contraction: Contraction) -> int:
+    """Most numbers that one row of x becomes between two steps: a chain of sound steps can still explode."""
+    return _widest(contraction.steps, contraction.start)
+
+
+def _widest(steps: Sequence[Step], trailing: tuple[int, ...]) -> int:
+    most = 1
+    for step in steps:
+        if isinstance(step, Sum):
+            most = max(most, *(_widest(branch, trailing) for branch in step.branches))
+        trailing = _step_shape(step, trailing)
+        most = max(most, math.prod(trailing))
+    return most
+
+
 def _flops(steps: Sequence[Step], trailing: tuple[int, ...]) -> int:
     total = 0
     for step in steps:

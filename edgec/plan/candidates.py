@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from edgec import decompose
-from edgec.contraction import Gather, core_shapes, quantisable, walk
+from edgec import decompose, limits
+from edgec.contraction import Gather, core_shapes, quantisable, walk, widest
 from edgec.fit import contraction_of, core_formats
 from edgec.quantize.formats import BACKBONE, CoreFormat, LayerFormat
 from edgec.quantize.ggml_formats import GgmlFormat
@@ -78,6 +78,8 @@ def executable(
     if tied and spec.kind == "residual" and target.must_beat:
         return False  # an adapter corrects tensors of the file, and a tied head is none
     contraction = contraction_of(spec, shape, role)
+    if widest(contraction) > limits.MAX_DIMENSION:
+        return False  # a train of a large matrix: gigabytes of activations, which the factored runtime refuses
     inner = {name: s[-1] for name, s in core_shapes(contraction).items() if name in quantisable(contraction)}
     return all(_fits(target, fmt.of(core), k) for core, k in inner.items()) and all(
         rank % target.rank_multiple == 0 for rank in spec.ranks

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from edgec import decompose
-from edgec.contraction import core_shapes, quantisable
+from edgec import decompose, limits
+from edgec.contraction import core_shapes, quantisable, widest
 from edgec.errors import UsageError
 from edgec.export.targets import all_targets, get_target
 from edgec.fit import contraction_of, stored_bytes
@@ -150,3 +150,13 @@ def test_stock_llama_cpp_is_offered_whole_matrices_only() -> None:
 def test_unknown_targets_list_the_known_ones() -> None:
     with pytest.raises(UsageError, match="known: gguf, .*onnx-arm64, onnx-x64"):
         get_target("onnx-riscv")
+
+
+def test_a_train_that_would_fill_the_memory_is_not_offered() -> None:
+    """28 million numbers of one token between two cores of 14336 × 4096: its parameters are few."""
+    target = get_target("gguf-factored")
+    wide = Spec("tensor_train", (3424,), ((112, 64), (128, 64)))
+    assert widest(contraction_of(wide, (14336, 4096), "linear")) > limits.MAX_DIMENSION
+    assert not executable(target, "linear", (14336, 4096), wide, LayerFormat.parse("int4-b32"))
+    narrow = Spec("tensor_train", (32,), ((112, 64), (128, 64)))
+    assert executable(target, "linear", (14336, 4096), narrow, LayerFormat.parse("int4-b32"))
