@@ -107,7 +107,7 @@ def advise(request: AdviceRequest, progress: pipeline.Progress) -> Advice:
     latency = parse_time(request.latency, "--latency") if request.latency is not None else None
     row = hardware.of_target(target)
     workspace = Workspace(request.model, request.calibration)
-    if target.artifact in _CHUNKS:
+    if target.gguf:
         refuse_unsupported(workspace.checkpoint, workspace.task)
     target = offered(target, encoder=workspace.task != DECODER_TASK)
     limits = Limits(ram, latency, parse_loss(request.max_loss, workspace.task), request.max_loss)
@@ -187,8 +187,8 @@ def facts_of(workspace: Workspace, request: AdviceRequest) -> Facts:
     planned = sum(a.shape[0] * a.shape[1] for a in layers if a.tied_to is None)
     parameters = {id(p): p.numel() for p in modeling.skeleton(workspace.checkpoint).parameters()}
     total = sum(parameters.values())
-    artifact = get_target(request.target).artifact
-    graph = 0 if artifact in _CHUNKS else _NODE_BYTES * (_NODES_PER_BLOCK * sizes.layers + 4 * len(layers))
+    target = get_target(request.target)
+    graph = 0 if target.gguf else _NODE_BYTES * (_NODES_PER_BLOCK * sizes.layers + 4 * len(layers))
     return Facts(
         name=workspace.folder.resolve().name,
         task=workspace.task,
@@ -201,7 +201,7 @@ def facts_of(workspace: Workspace, request: AdviceRequest) -> Facts:
         context=context,
         batch=request.batch,
         other_bytes=4 * max(0, total - planned) + graph,
-        chunk=_CHUNKS.get(artifact, 0),
+        chunk=_CHUNKS.get(target.artifact, 0),
     )
 
 
@@ -217,7 +217,7 @@ def measure_costs(facts: Facts, layers: Sequence[Layer], target: Target, row: ha
     for name in target.dense_formats:
         firsts.setdefault(CoreFormat.parse(name).bits, name)
     named: list[str] = []
-    if target.artifact in _CHUNKS:
+    if target.gguf:
         named = list(target.dense_formats)
         asked = list(dict.fromkeys((*firsts.values(), *named)))
         llama_cpp = target.artifact != "gguf_factored"

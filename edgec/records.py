@@ -167,6 +167,11 @@ class Target:
     must_beat: str = ""
     encoder_arithmetic: str = "packed"
 
+    @property
+    def gguf(self) -> bool:
+        """Is what it writes a GGUF file, run by ggml's kernels?"""
+        return self.artifact.startswith("gguf")
+
     def formats_of(self, kind: str) -> tuple[str, ...]:
         """Names of the formats that a matrix decomposed in this way may have."""
         own = {"dense": self.dense_formats, "residual": self.residual_formats, "disentangled": self.rotated_formats}

@@ -32,7 +32,7 @@ def paced(goal: Goal, target: Target, task: str, progress: Progress) -> Goal:
     if goal.max_ms is None or goal.pace is not None:
         return goal
     told = partial(progress, "timing kernels")
-    if target.artifact.startswith("gguf"):
+    if target.gguf:
         formats = tuple(dict.fromkeys((*target.dense_formats, *target.factored_formats)))
         samples = microbench_ggml.measure(formats, threads=physical_cores(), progress=told)
     else:

@@ -16,11 +16,11 @@ import importlib.metadata
 import platform
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from edgec.bench.devices._limits import HostLimits
-from edgec.bench.devices.local import LocalDevice, worker_command, worker_environment
+from edgec.bench.devices.local import LocalDevice, run_worker
 from edgec.bench.jobs import Job
 from edgec.errors import BenchError, EdgecError, UsageError
 from edgec.runtime.options import MAX_GPU, import_genai, import_onnxruntime
@@ -44,7 +44,7 @@ def needs() -> tuple[str, ...]:
     missing = []
     if shutil.which("nvidia-smi") is None:
         missing.append("an NVIDIA GPU with its driver (nvidia-smi is not on PATH)")
-    if not any(there() for there in (_onnxruntime, _genai, _ggml, _torch)):
+    if not any(_built_for_it()):
         missing.append(
             "a runtime built for it: onnxruntime-gpu, onnxruntime-genai-cuda, a llama-cpp-python with GGML_CUDA, or a "
             "torch with CUDA"
@@ -76,13 +76,8 @@ class CudaDevice(LocalDevice):
         }
 
     def measure(self, job: Job, *, timeout_s: float, on_line: Callable[[bytes], bool]) -> Finished:
-        return run(
-            worker_command(),
-            stdin=replace(job, gpu=0).to_json(),
-            env={**worker_environment(job.threads), "CUDA_VISIBLE_DEVICES": self._uuid},
-            timeout_s=timeout_s,
-            on_line=on_line,
-        )
+        seen = {"CUDA_VISIBLE_DEVICES": self._uuid}
+        return run_worker(replace(job, gpu=0), seen, timeout_s=timeout_s, on_line=on_line)
 
 
 def _ask(number: int) -> tuple[str, ...]:
@@ -98,32 +93,19 @@ def _ask(number: int) -> tuple[str, ...]:
     return told
 
 
-def _onnxruntime() -> bool:
-    try:
-        return "CUDAExecutionProvider" in import_onnxruntime().get_available_providers()
-    except EdgecError:
-        return False
-
-
-def _genai() -> bool:
-    try:
-        return bool(import_genai().is_cuda_available())
-    except EdgecError:
-        return False
-
-
-def _torch() -> bool:
-    """By its version, because importing it takes seconds and no device does. Wheels for Linux without CUDA say so."""
-    try:
-        return platform.system() == "Linux" and "+cpu" not in importlib.metadata.version("torch")
-    except importlib.metadata.PackageNotFoundError:
-        return False
-
-
-def _ggml() -> bool:
+def _built_for_it() -> Iterator[bool]:
+    """Does each of the runtimes have a back end for it? One that is not installed has none."""
     from edgec.runtime.llama_cpp import import_llama_cpp
 
-    try:
-        return bool(import_llama_cpp().llama_supports_gpu_offload())
-    except EdgecError:
-        return False
+    askers: tuple[Callable[[], object], ...] = (
+        lambda: "CUDAExecutionProvider" in import_onnxruntime().get_available_providers(),
+        lambda: import_genai().is_cuda_available(),
+        lambda: import_llama_cpp().llama_supports_gpu_offload(),
+        # By its version, because importing it takes seconds and no device does. Wheels for Linux without CUDA say so.
+        lambda: platform.system() == "Linux" and "+cpu" not in importlib.metadata.version("torch"),
+    )
+    for ask in askers:
+        try:
+            yield bool(ask())
+        except (EdgecError, importlib.metadata.PackageNotFoundError):
+            yield False

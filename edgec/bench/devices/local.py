@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import platform
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -67,18 +67,21 @@ class LocalDevice:
         }
 
     def measure(self, job: Job, *, timeout_s: float, on_line: Callable[[bytes], bool]) -> Finished:
-        return run(
-            worker_command(),
-            stdin=replace(job, cores=self._limits.cores, ram_limit_bytes=self._limits.ram_bytes).to_json(),
-            env=worker_environment(job.threads),
-            timeout_s=timeout_s,
-            on_line=on_line,
-        )
+        held = replace(job, cores=self._limits.cores, ram_limit_bytes=self._limits.ram_bytes)
+        return run_worker(held, {}, timeout_s=timeout_s, on_line=on_line)
 
 
-def worker_command() -> list[str]:
-    """The worker as a child of this process."""
-    return [sys.executable, "-P", "-m", "edgec.bench.worker"]
+def run_worker(
+    job: Job, settings: Mapping[str, str], *, timeout_s: float, on_line: Callable[[bytes], bool]
+) -> Finished:
+    """The worker as a child of this process, once. settings: of its environment, beside the usual ones."""
+    return run(
+        [sys.executable, "-P", "-m", "edgec.bench.worker"],
+        stdin=job.to_json(),
+        env={**worker_environment(job.threads), **settings},
+        timeout_s=timeout_s,
+        on_line=on_line,
+    )
 
 
 def worker_environment(threads: int) -> dict[str, str]:

@@ -88,8 +88,9 @@ class Buffer:
         """
         if sys.platform != "linux":
             return
-        start = -(-self.lib.backend_buffer_get_base(self.pointer) // mmap.PAGESIZE) * mmap.PAGESIZE
-        length = self.lib.backend_buffer_get_base(self.pointer) + self.nbytes - start
+        base: int = self.lib.backend_buffer_get_base(self.pointer)
+        start = -(-base // mmap.PAGESIZE) * mmap.PAGESIZE
+        length = base + self.nbytes - start
         advise = ctypes.CDLL(None, use_errno=True).madvise
         advise.argtypes = (c_void_p, ctypes.c_size_t, c_int)
         if length > 0 and advise(start, length, _HUGE_PAGES) != 0:  # a kernel without them: slower, and as right

@@ -11,10 +11,11 @@ import stat
 from pathlib import Path
 
 import pytest
+import torch
 from models_for_tests import write_causal_lm
 
 from edgec.bench.baselines import _torch_peer
-from edgec.bench.devices import cuda, file, open_device
+from edgec.bench.devices import file, local, open_device
 from edgec.bench.harness import BenchSettings, Contestant, run_bench
 from edgec.bench.jobs import Job
 from edgec.bench.worker import loader_of
@@ -79,7 +80,7 @@ def test_the_worker_sees_that_gpu_only(monkeypatch: pytest.MonkeyPatch) -> None:
         return Finished(tuple(argv), 0, b"", b"", 0.1)
 
     device = open_device("cuda:0")
-    monkeypatch.setattr(cuda, "run", run)
+    monkeypatch.setattr(local, "run", run)
     device.measure(Job("x", "encoder", 1), timeout_s=1, on_line=lambda line: True)
     assert seen == [(0, "GPU-1234")]
 
@@ -119,7 +120,7 @@ def test_torch_refuses_too(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(shutil.which("nvidia-smi") is None, reason="needs an NVIDIA GPU and a torch that has it")
 def test_a_gpu_is_measured(tmp_path: Path) -> None:
-    if not cuda._torch():
+    if not torch.cuda.is_available():
         pytest.skip("this torch was built without CUDA")
     (tmp_path / "peer").mkdir()
     _torch_peer.build(write_causal_lm(tmp_path / "lm"), tmp_path / "peer", compiled=False, dtype="float16")
