@@ -33,10 +33,10 @@ class Arrays:
 
 
 def evaluate_on_ggml(
-    contraction: Contraction, cores: Mapping[str, NDArray[Any]], x: NDArray[Any], threads: int = 1
+    contraction: Contraction, cores: Mapping[str, NDArray[Any]], x: NDArray[Any], threads: int = 1, gpu: int | None = None
 ) -> NDArray[np.float32]:
     """x [T, in] float32 (or ids [T] int32) → y [T, out]."""
-    device = Device(threads)
+    device = Device(threads, gpu)
     stored = Arrays(device, {**cores, " x": x})
     nodes = node_count(contraction) + 8
     context = Context(device.lib, nodes, nodes)

@@ -388,6 +388,10 @@ def sampler_chain(lib: Any, sampling: dict[str, Any] | None, vocab_size: int) ->
     return chain
 
 
+_NO_DEVICES = (ctypes.c_void_p * 1)(None)
+"""A list that ends at once. Without one, a llama.cpp built for GPUs sends long prompts to them, layers or no layers."""
+
+
 def model_params(lib: Any, *, vocab_only: bool = False, gpu: int | None = None) -> Any:
     """llama.cpp's own parameters for a model on the CPU, without what crashes there (`uses_amx`), or for a GPU, with
     every layer on it (the table of tokens stays in the processor's memory). Raises RuntimeUnavailableError.
@@ -395,7 +399,9 @@ def model_params(lib: Any, *, vocab_only: bool = False, gpu: int | None = None) 
     params = lib.llama_model_default_params()
     params.n_gpu_layers = 0
     params.vocab_only = vocab_only
-    if gpu is not None:
+    if gpu is None:
+        params.devices = ctypes.addressof(_NO_DEVICES)
+    else:
         if not lib.llama_supports_gpu_offload():
             raise RuntimeUnavailableError(
                 "this llama-cpp-python has no GPU back end; build it with one, for example CMAKE_ARGS=-DGGML_CUDA=on "

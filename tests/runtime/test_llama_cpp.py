@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 from pathlib import Path
 from types import SimpleNamespace
@@ -264,6 +265,12 @@ def test_a_build_without_gpus_refuses_one(folder: Path) -> None:
         LlamaCpp(folder, RuntimeOptions(threads=1, gpu=0))
 
 
+def test_the_processor_alone_means_a_list_of_no_devices() -> None:
+    """Without a list, a build for GPUs sends prompts of 32 tokens and more to one, though no layer lies there."""
+    params = model_params(llama_cpp.import_llama_cpp())
+    assert ctypes.c_void_p.from_address(params.devices).value is None
+
+
 def test_the_cache_may_be_q8_0(folder: Path, model: LlamaCpp) -> None:
     """Half the bytes, nearly the same logits; f16 is what llama.cpp takes by itself."""
     ids = np.array(model.encode("def f(x):\n    return x"))
@@ -285,7 +292,7 @@ def test_a_build_with_amx_is_kept_from_using_it(said: bytes, packs: bool, caplog
     """It ends the process in most builds; nothing short of trying finds the sound ones."""
     build = _Build(
         llama_print_system_info=lambda: said,
-        llama_model_default_params=lambda: SimpleNamespace(use_extra_bufts=True, n_gpu_layers=-1),
+        llama_model_default_params=lambda: SimpleNamespace(use_extra_bufts=True, n_gpu_layers=-1, devices=None),
     )
     assert model_params(build, vocab_only=True).use_extra_bufts and not caplog.text
     params = model_params(build)

@@ -1,11 +1,14 @@
-"""Query, key and value projections of one number format as one product.
+"""Products of one input and one number format as one product.
 
 A product costs a decoder two waits of all threads and a rounding of its input to int8, whatever its size; of a small
-model that is a tenth of a step. onnxruntime's attention takes the three packed in one tensor, so where the plan gave
-them the same format their codes are laid one under the other: the same numbers, bit for bit, and the same bytes.
+model query, key and value, gate and up are a fifth of a step. Their codes are laid one under the other: the same
+numbers, bit for bit, and the same bytes. onnxruntime's attention takes its three packed in one tensor; the others
+(gate and up, first cores of factored layers) are taken apart by a Split, which waits for nobody.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -17,30 +20,31 @@ _SAME = ("K", "bits", "block_size", "accuracy_level")
 
 
 def pack_projections(model: ir.Model) -> int:
-    """Pack in place wherever an attention reads three such products of one input; returns how many it were."""
-    packed = 0
-    for attention in [node for node in model.graph if node.op_type == "GroupQueryAttention"]:
-        products = [value.producer() if value is not None else None for value in attention.inputs[:3]]
-        found = [node for node in products if node is not None]
-        if len(found) == 3 and _alike(found):
-            _pack(model.graph, attention, found)
-            packed += 1
+    """Pack in place wherever several such products read one value; returns how many products are left out by it."""
+    before = len(_products(model.graph))
+    found: dict[object, list[ir.Node]] = {}
+    for node in _products(model.graph):
+        if len(node.outputs[0].uses()) and node.outputs[0].name not in _names(model.graph.outputs):
+            found.setdefault(_kind(node), []).append(node)
+    for products in found.values():
+        if len(products) > 1:
+            _pack(model.graph, products)
     drop_unused(model.graph)
-    return packed
+    return before - len(_products(model.graph))
 
 
-def _alike(products: list[ir.Node]) -> bool:
-    """Products of one input by weights of one format, each read by one attention alone."""
-    first = products[0]
-    return all(
-        node.op_type == "MatMulNBits"
-        and node.inputs[0] is first.inputs[0]
-        and len(node.outputs[0].uses()) == 1
-        and len(node.inputs) == len(first.inputs)
-        and all(node.attributes[name].as_int() == first.attributes[name].as_int() for name in _SAME)
-        and [_stored(value).dtype for value in node.inputs[1:]] == [_stored(value).dtype for value in first.inputs[1:]]
-        for node in products
-    )
+def _products(graph: ir.Graph) -> list[ir.Node]:
+    return [node for node in graph if node.op_type == "MatMulNBits"]
+
+
+def _names(values: Sequence[ir.Value]) -> set[str | None]:
+    return {value.name for value in values}
+
+
+def _kind(node: ir.Node) -> object:
+    """Equal for products that can be one: what they read, how many numbers of which format."""
+    stored = tuple(_stored(value).dtype for value in node.inputs[1:])
+    return id(node.inputs[0]), tuple(node.attributes[name].as_int() for name in _SAME), stored
 
 
 def _stored(value: ir.Value | None) -> ir.Value:
@@ -52,27 +56,61 @@ def _stored(value: ir.Value | None) -> ir.Value:
     return found
 
 
-def _pack(graph: ir.Graph, attention: ir.Node, products: list[ir.Node]) -> None:
+def _pack(graph: ir.Graph, products: list[ir.Node]) -> None:
     first = products[0]
+    name = f"{first.name}.packed"
     operands, added = [first.inputs[0]], []
     for place in range(1, len(first.inputs)):
         parts = [_stored(node.inputs[place]) for node in products]
-        joined = np.concatenate([part.const_value.numpy() for part in parts if part.const_value is not None])
-        tensor = ir.Tensor(joined, name=f"{parts[0].name}.qkv")
-        value = ir.Value(name=tensor.name, const_value=tensor)
-        value.shape, value.dtype = ir.Shape(joined.shape), tensor.dtype
+        value = _joined(parts)
         graph.register_initializer(value)
         if parts[0] is not first.inputs[place]:
             added.append(ir.node("Cast", [value], attributes={"to": ir.DataType.FLOAT}))
             value = added[-1].outputs[0]
-            value.name = f"{parts[0].name}.qkv/Cast"
+            value.name = f"{parts[0].name}.packed/Cast"
         operands.append(value)
-    rows = sum(node.attributes["N"].as_int() for node in products)
-    attributes = {name: first.attributes[name].as_int() for name in _SAME}
-    product = ir.node("MatMulNBits", operands, attributes={**attributes, "N": rows}, domain=MICROSOFT)
-    product.name = f"{first.name}.qkv"
-    product.outputs[0].name, product.outputs[0].dtype = f"{first.outputs[0].name}.qkv", ir.DataType.FLOAT
-    graph.insert_before(first, [*added, product])
-    attention.replace_input_with(0, product.outputs[0])
-    for place in (1, 2):
-        attention.replace_input_with(place, None)
+    rows = [node.attributes["N"].as_int() for node in products]
+    attributes = {key: first.attributes[key].as_int() for key in _SAME}
+    product = ir.node("MatMulNBits", operands, attributes={**attributes, "N": sum(rows)}, domain=MICROSOFT, name=name)
+    packed = product.outputs[0]
+    packed.name, packed.dtype = f"{first.outputs[0].name}.packed", ir.DataType.FLOAT
+    added.append(product)
+    outputs = [node.outputs[0] for node in products]
+    if (attention := _attention_of(outputs)) is not None:
+        graph.insert_before(first, added)
+        attention.replace_input_with(0, packed)
+        for place in (1, 2):
+            attention.replace_input_with(place, None)
+        return
+    sizes = ir.Value(name=f"{name}/sizes", const_value=ir.tensor(np.array(rows, np.int64), name=f"{name}/sizes"))
+    sizes.shape, sizes.dtype = ir.Shape([len(rows)]), ir.DataType.INT64
+    graph.register_initializer(sizes)
+    split = ir.node("Split", [packed, sizes], attributes={"axis": -1}, num_outputs=len(rows), name=f"{name}/Split")
+    graph.insert_before(first, [*added, split])
+    for old, new in zip(outputs, split.outputs, strict=True):
+        new.shape, new.dtype, new.name = old.shape, old.dtype, f"{old.name}.of_packed"
+        old.replace_all_uses_with(new)
+
+
+def _joined(parts: list[ir.Value]) -> ir.Value:
+    """Constants one under the other. Lazily, so that a large model is not held twice."""
+    tensors = [part.const_value for part in parts if part.const_value is not None]
+    shape = ir.Shape([sum(int(t.shape.numpy()[0]) for t in tensors), *tensors[0].shape.numpy()[1:]])
+    name = f"{parts[0].name}.packed"
+
+    def join() -> ir.Tensor:
+        return ir.Tensor(np.concatenate([t.numpy() for t in tensors]), name=name)
+
+    lazy = ir.LazyTensor(join, dtype=tensors[0].dtype, shape=shape, name=name)
+    return ir.Value(name=name, const_value=lazy, shape=shape, type=ir.TensorType(lazy.dtype))
+
+
+def _attention_of(outputs: list[ir.Value]) -> ir.Node | None:
+    """The attention that reads these three alone as query, key and value."""
+    if len(outputs) != 3 or any(len(value.uses()) != 1 for value in outputs):
+        return None
+    reader = outputs[0].uses()[0].node
+    reads_them = reader.op_type == "GroupQueryAttention" and all(
+        reader.inputs[place] is value for place, value in enumerate(outputs)
+    )
+    return reader if reads_them else None

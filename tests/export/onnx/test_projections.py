@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +20,20 @@ from edgec.quantize.formats import CoreFormat
 from edgec.records import Spec
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
+MLP = ("gate_proj", "up_proj")
 
 
-def lowered(source: Path, work: Path, formats: dict[str, str]) -> ir.Model:
-    """formats: of the projections of the first block; those of the others are int4-b32."""
+def lowered(source: Path, work: Path, formats: dict[str, str], ranks: Mapping[str, int] | None = None) -> ir.Model:
+    """formats: of the projections of the first block; those of the others are int4-b32. Gate and up: if named. ranks: of those in two cores."""
     graph = build_decoder(source, work)
     state = modeling.load_dense(open_checkpoint(source)).state_dict()
     factors: dict[str, Factors] = {}
     for name in graph.linears:
         kind = name.rpartition(".")[2]
-        if kind in PROJECTIONS:
+        if kind in PROJECTIONS or kind in formats:
             fmt = CoreFormat.parse(formats.get(kind, "int4-b32") if ".0." in name else "int4-b32")
-            factors[name] = fit(state[f"{name}.weight"].numpy(), Spec("dense"), fmt)
+            spec = Spec("svd", (ranks[kind],)) if ranks else Spec("dense")
+            factors[name] = fit(state[f"{name}.weight"].numpy(), spec, fmt)
     lower(graph, factors, accuracy_level=4)
     return graph.model
 
@@ -65,7 +68,7 @@ def test_packed_they_give_the_same_logits_bit_for_bit(fmt: str, lm_source: Path,
     before, stored = len(products(model)), sum(v.const_value.nbytes for v in model.graph.initializers.values())  # type: ignore[union-attr]
     apart = logits(model, lm_source, tmp_path / "apart.onnx")
     attentions = sum(node.op_type == "GroupQueryAttention" for node in model.graph)
-    assert pack_projections(model) == attentions > 0
+    assert pack_projections(model) == 2 * attentions > 0
     assert len(products(model)) == before - 2 * attentions
     assert sum(v.const_value.nbytes for v in model.graph.initializers.values()) == stored  # type: ignore[union-attr]
     np.testing.assert_array_equal(logits(model, lm_source, tmp_path / "packed.onnx"), apart)
@@ -76,4 +79,29 @@ def test_packed_they_give_the_same_logits_bit_for_bit(fmt: str, lm_source: Path,
 def test_other_formats_stay_apart(other: str, lm_source: Path, tmp_path: Path) -> None:
     model = lowered(lm_source, tmp_path, {"q_proj": "int4-b32", "k_proj": other, "v_proj": "int4-b32"})
     attentions = sum(node.op_type == "GroupQueryAttention" for node in model.graph)
-    assert pack_projections(model) == attentions - 1
+    assert not any(node.op_type == "Split" for node in model.graph)
+    left_out = pack_projections(model)
+    assert left_out == 2 * (attentions - 1) + 1, "query and value are one product still"
+    assert [len(node.outputs) for node in model.graph if node.op_type == "Split"] == [2]
+
+
+def test_gate_and_up_are_one_product_and_a_split(lm_source: Path, tmp_path: Path) -> None:
+    model = lowered(lm_source, tmp_path, dict.fromkeys([*PROJECTIONS, *MLP], "int4-b32"))
+    before = len(products(model))
+    apart = logits(model, lm_source, tmp_path / "apart.onnx")
+    blocks = sum(node.op_type == "GroupQueryAttention" for node in model.graph)
+    assert pack_projections(model) == 3 * blocks
+    assert len(products(model)) == before - 3 * blocks
+    assert [len(node.outputs) for node in model.graph if node.op_type == "Split"] == [2] * blocks
+    np.testing.assert_array_equal(logits(model, lm_source, tmp_path / "packed.onnx"), apart)
+
+
+def test_first_cores_of_factored_layers_are_one_product(lm_source: Path, tmp_path: Path) -> None:
+    """Ranks may differ: what is behind each first core reads its own part."""
+    ranks = dict.fromkeys([*PROJECTIONS, *MLP], 32) | {"q_proj": 64, "up_proj": 96}
+    model = lowered(lm_source, tmp_path, dict.fromkeys(ranks, "int4-b32"), ranks)
+    apart = logits(model, lm_source, tmp_path / "apart.onnx")
+    blocks = sum(node.op_type == "GroupQueryAttention" for node in model.graph)
+    assert pack_projections(model) == 3 * blocks
+    assert sorted(len(n.outputs) for n in model.graph if n.op_type == "Split") == [2] * blocks + [3] * blocks
+    np.testing.assert_array_equal(logits(model, lm_source, tmp_path / "packed.onnx"), apart)
