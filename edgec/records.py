@@ -184,7 +184,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Spread:
-    """A median with its spread: `value` the median, `low` and `high` the quartiles, `n` the samples."""
+    """The median of `n` measurements. low, high: where the true median is, with 90 % confidence (`harness.spread`)."""
 
     value: float
     low: float

@@ -28,7 +28,7 @@ FILE = Path(__file__).resolve().parents[1] / "RESULTS.md"
 
 _SHAPE = (
     "edgec bench --shape llama-3.2-1b --target onnx-x64 --target gguf-factored --baseline int4 "
-    "--baseline int4-pruned --baseline q4_0 --baseline q4_k_m --baseline q8_0 --rounds 3"
+    "--baseline int4-pruned --baseline q4_0 --baseline q4_k_m --baseline q8_0"
 )
 FIGURES: Mapping[str, tuple[str, str]] = {
     "minilm": ("all-MiniLM-L6-v2, exported, STS-Benchmark dev", "python -m runtime_tests.figures minilm"),

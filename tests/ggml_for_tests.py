@@ -33,7 +33,11 @@ class Arrays:
 
 
 def evaluate_on_ggml(
-    contraction: Contraction, cores: Mapping[str, NDArray[Any]], x: NDArray[Any], threads: int = 1, gpu: int | None = None
+    contraction: Contraction,
+    cores: Mapping[str, NDArray[Any]],
+    x: NDArray[Any],
+    threads: int = 1,
+    gpu: int | None = None,
 ) -> NDArray[np.float32]:
     """x [T, in] float32 (or ids [T] int32) → y [T, out]."""
     device = Device(threads, gpu)

@@ -1,4 +1,5 @@
-"""Contestants against one another on one device: interleaved rounds of fresh processes, medians and quartiles.
+"""Contestants against one another on one device: interleaved rounds of fresh processes, medians and how sure
+they are.
 
 Every round measures every contestant once, in an order that rotates from round to round, so that a machine that
 heats up, throttles or gets a noisy neighbour treats all of them alike. One process gives one value per metric (the
@@ -12,8 +13,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
-
-import numpy as np
 
 from edgec import limits
 from edgec.bench import ceilings
@@ -35,6 +34,8 @@ _EMPTY = "runtime_rss_bytes"
 """What a worker tells before it opens the artifact: nothing about that, by itself."""
 _ONCE = ("load_s", _EMPTY, "load_peak_rss_bytes", "peak_rss_bytes")
 _GIVE_UP_AFTER = 2
+_DOUBT = 0.1
+"""Probability that the true median is outside the interval that is printed."""
 
 
 @dataclass(frozen=True)
@@ -67,9 +68,9 @@ class BenchSettings:
     """How to measure. threads 0: all physical cores of the device. rounds: fresh processes per contestant.
 
     samples, warmup, min_sample_s: inside each process. prompt_tokens, new_tokens: causal LMs. batch,
-    sentence_words: encoders. spread_bound: interquartile range ÷ median above which a row says that it is
-    unsettled. timeout_s: of one process. long_prompt: the second prompt that growth of memory is measured with, so
-    many times the first; 0 for none.
+    sentence_words: encoders. spread_bound: interval ÷ median above which a row says that it is unsettled.
+    timeout_s: of one process. long_prompt: the second prompt that growth of memory is measured with, so many times the
+    first; 0 for none.
     """
 
     device: str = "local"
@@ -277,15 +278,23 @@ def _settings(row: _Row, settings: BenchSettings) -> dict[str, int | float | str
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """Median and quartiles (linear interpolation) of one value per process."""
-    low, middle, high = (float(v) for v in np.percentile(np.asarray(values, dtype=np.float64), (25, 50, 75)))
-    if not math.isfinite(low + middle + high):
+    """Median of one value per process, and the narrowest pair of them that has the true median between it with 90 %
+    confidence, whatever the distribution: the interval of the sign test. Fewer than five do not allow that; the
+    extremes of four, three and two have it between them with 88, 75 and 50 %.
+
+    Quartiles, which say how single processes scatter, were turned down: a second bench seldom agrees within them.
+    """
+    ordered = sorted(float(value) for value in values)
+    if not all(map(math.isfinite, ordered)):
         raise BenchError("a measured value is not finite")
-    return Spread(middle, low, high, len(values))
+    cut = 0  # values left out at each end
+    while 2 * sum(math.comb(len(ordered), k) for k in range(cut + 2)) <= _DOUBT * 2 ** len(ordered):
+        cut += 1
+    return Spread(median(ordered), ordered[cut], ordered[-1 - cut], len(ordered))
 
 
 def _spread_notes(metrics: Mapping[str, Spread], bound: float) -> list[str]:
-    """A note for every timed metric whose quartiles lie too far apart to compare it, or for want of quartiles."""
+    """A note for every timed metric whose interval is too wide to compare it, or for want of an interval."""
     timed = {name: metrics[name] for name in ("load_s", *METRICS) if name in metrics and name not in TAILS}
     if timed and all(found.n == 1 for found in timed.values()):
         return ["one measurement: no spread is known"]

@@ -135,7 +135,7 @@ def _row(row: Measurement, metrics: Sequence[text.Metric], subject: str, *, limi
 
 
 def _cell(metric: text.Metric, found: Spread | None) -> tuple[str, str]:
-    """(median, quartiles) as text."""
+    """(median, its interval) as text."""
     if found is None:
         return text.MISSING, ""
     shown = text.size if metric.is_bytes else lambda value: text.number(value * metric.scale)

@@ -28,7 +28,7 @@ INK, FAINT, ACCENT, OTHER, _RUNTIME = "#010101", "#020202", "#030303", "#040404"
 _VARIABLES = {INK: "--ink", FAINT: "--line", ACCENT: "--accent", OTHER: "--bar", _RUNTIME: "--shade"}
 _LABEL_CHARACTERS = 30
 _CELL_TEXT_COLUMNS = 8
-_Bar = tuple[str, float, float, float, float]  # name, median, lower quartile, upper quartile, shaded part
+_Bar = tuple[str, float, float, float, float]  # name, median, its interval, shaded part
 _IDS = r' id="(?:figure|axes|patch|line2d|text|matplotlib\.axis|[xy]tick|(?:Path|Poly|Line)Collection)_\d+"'
 _BLOCK = re.compile(r"(?:^|\.)(\d{1,4})(?:\.|$)")
 
@@ -44,7 +44,7 @@ class Plot:
 
 
 def bars(rows: Sequence[Measurement], subject: str) -> list[Plot]:
-    """One horizontal bar plot for size and for each metric; whiskers are quartiles, `subject` is highlighted."""
+    """One horizontal bar plot for size and for each metric; whiskers are intervals, `subject` is highlighted."""
     plots = []
     sizes = [(r.contestant, float(r.artifact_bytes), 0.0, 0.0, 0.0) for r in rows if r.artifact_bytes]
     if sizes:

@@ -131,7 +131,7 @@ def to_markdown(measurements: Sequence[Measurement]) -> str:
 
 
 CSV_COLUMNS = ("contestant", "device", "threads", "metric", "unit", "median", "low", "high", "n")
-"""low and high are quartiles; they and n are empty for what is counted or computed, not repeated."""
+"""low and high bound the true median (90 % confidence); they and n are empty for what is counted or computed."""
 
 
 def to_csv(measurements: Sequence[Measurement]) -> str:

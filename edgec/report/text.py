@@ -101,7 +101,7 @@ def amount(metric: Metric, value: float) -> str:
 
 
 def spread_percent(found: Spread) -> float:
-    """Half the interquartile range, in percent of the median."""
+    """Half the interval of the median, in percent of it."""
     return 50 * (found.high - found.low) / found.value if found.value else math.nan
 
 

@@ -73,7 +73,7 @@ def _pack(graph: ir.Graph, products: list[ir.Node]) -> None:
     attributes = {key: first.attributes[key].as_int() for key in _SAME}
     product = ir.node("MatMulNBits", operands, attributes={**attributes, "N": sum(rows)}, domain=MICROSOFT, name=name)
     packed = product.outputs[0]
-    packed.name, packed.dtype = f"{first.outputs[0].name}.packed", ir.DataType.FLOAT
+    packed.name, packed.type = f"{first.outputs[0].name}.packed", ir.TensorType(ir.DataType.FLOAT)
     added.append(product)
     outputs = [node.outputs[0] for node in products]
     if (attention := _attention_of(outputs)) is not None:
@@ -88,7 +88,7 @@ def _pack(graph: ir.Graph, products: list[ir.Node]) -> None:
     split = ir.node("Split", [packed, sizes], attributes={"axis": -1}, num_outputs=len(rows), name=f"{name}/Split")
     graph.insert_before(first, [*added, split])
     for old, new in zip(outputs, split.outputs, strict=True):
-        new.shape, new.dtype, new.name = old.shape, old.dtype, f"{old.name}.of_packed"
+        new.shape, new.type, new.name = old.shape, old.type, f"{old.name}.of_packed"
         old.replace_all_uses_with(new)
 
 
@@ -98,7 +98,7 @@ def _joined(parts: list[ir.Value]) -> ir.Value:
     shape = ir.Shape([sum(int(t.shape.numpy()[0]) for t in tensors), *tensors[0].shape.numpy()[1:]])
     name = f"{parts[0].name}.packed"
 
-    def join() -> ir.Tensor:
+    def join() -> ir.TensorProtocol:
         return ir.Tensor(np.concatenate([t.numpy() for t in tensors]), name=name)
 
     lazy = ir.LazyTensor(join, dtype=tensors[0].dtype, shape=shape, name=name)
@@ -107,10 +107,7 @@ def _joined(parts: list[ir.Value]) -> ir.Value:
 
 def _attention_of(outputs: list[ir.Value]) -> ir.Node | None:
     """The attention that reads these three alone as query, key and value."""
-    if len(outputs) != 3 or any(len(value.uses()) != 1 for value in outputs):
-        return None
-    reader = outputs[0].uses()[0].node
-    reads_them = reader.op_type == "GroupQueryAttention" and all(
-        reader.inputs[place] is value for place, value in enumerate(outputs)
-    )
-    return reader if reads_them else None
+    readers = [use.node for value in outputs for use in value.uses()]
+    attention = readers[0]
+    fits = len(outputs) == len(readers) == 3 and attention.op_type == "GroupQueryAttention"
+    return attention if fits and all(attention.inputs[k] is value for k, value in enumerate(outputs)) else None

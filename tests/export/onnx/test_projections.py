@@ -24,7 +24,9 @@ MLP = ("gate_proj", "up_proj")
 
 
 def lowered(source: Path, work: Path, formats: dict[str, str], ranks: Mapping[str, int] | None = None) -> ir.Model:
-    """formats: of the projections of the first block; those of the others are int4-b32. Gate and up: if named. ranks: of those in two cores."""
+    """formats: of the projections of the first block; those of the others are int4-b32. Gate and up: if named.
+    ranks: of layers in two cores.
+    """
     graph = build_decoder(source, work)
     state = modeling.load_dense(open_checkpoint(source)).state_dict()
     factors: dict[str, Factors] = {}
