@@ -14,6 +14,7 @@ import sys
 import weakref
 from collections.abc import Callable
 from ctypes import c_int, c_int64, c_void_p
+from dataclasses import dataclass
 from typing import Any
 
 from numpy.typing import NDArray
@@ -97,6 +98,39 @@ class Buffer:
             logger.debug("huge pages: %s", os.strerror(ctypes.get_errno()))
 
 
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU as ggml tells of it. name: its back end and a number, "Vulkan0". memory: its own [bytes]."""
+
+    name: str
+    description: str
+    memory: int
+
+
+def gpus() -> tuple[Gpu, ...]:
+    """In the order of `RuntimeOptions.gpu`; none where llama-cpp-python was built for none, or finds none.
+
+    Raises RuntimeUnavailableError where that is not installed.
+    """
+    lib, found = library(), []
+    for device in _gpu_devices(lib):
+        free, total = ctypes.c_size_t(), ctypes.c_size_t()
+        lib.backend_dev_memory(device, ctypes.byref(free), ctypes.byref(total))
+        name, description = lib.backend_dev_name(device), lib.backend_dev_description(device)
+        found.append(Gpu(name.decode(), description.decode("utf-8", "replace"), total.value))
+    return tuple(found)
+
+
+def _gpu_devices(lib: Library) -> list[int]:
+    """As llama.cpp orders them: integrated ones only where there is no other."""
+    return _devices(lib, GPU) or _devices(lib, INTEGRATED_GPU)
+
+
+def _devices(lib: Library, kind: int) -> list[int]:
+    listed: list[int] = [lib.backend_dev_get(index) for index in range(lib.backend_dev_count())]
+    return [device for device in listed if lib.backend_dev_type(device) == kind]
+
+
 class Device:
     """Where the graphs run: the CPU, or a GPU of the wheel's CUDA, Vulkan or Metal back end, where it has one."""
 
@@ -118,11 +152,7 @@ class Device:
             set_threads(self.backend, threads)
 
     def _find(self, gpu: int | None) -> int:
-        lib = self.lib
-        listed = [lib.backend_dev_get(index) for index in range(lib.backend_dev_count())]
-        kinds = [lib.backend_dev_type(device) for device in listed]
-        wanted = CPU if gpu is None else GPU if GPU in kinds else INTEGRATED_GPU
-        found: list[int] = [device for device, kind in zip(listed, kinds, strict=True) if kind == wanted]
+        found = _devices(self.lib, CPU) if gpu is None else _gpu_devices(self.lib)
         if (gpu or 0) < len(found):
             return found[gpu or 0]
         if gpu is None:
