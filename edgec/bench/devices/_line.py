@@ -18,7 +18,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from edgec.bench.devices import WORKER_FILES
-from edgec.bench.devices._remote import FOLDER, assigned, copy_worker, pushable, quoted, worker_settings
+from edgec.bench.devices._environment import worker_settings
+from edgec.bench.devices._remote import FOLDER, assigned, copy_worker, pushable, quoted
 from edgec.bench.jobs import Job
 from edgec.errors import BenchError, EdgecError
 from edgec.subprocesses import Finished, run

@@ -33,14 +33,6 @@ def assigned(environment: Mapping[str, str]) -> list[str]:
     return [f"{name}={value}" for name, value in environment.items()]
 
 
-def worker_settings(threads: int, code: str) -> dict[str, str]:
-    """The environment that a remote worker gets: thread pools and hashing fixed, edgec's files importable."""
-    count = str(threads)
-    pools = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS"), count)
-    parallel = "true" if threads > 1 else "false"
-    return {**pools, "TOKENIZERS_PARALLELISM": parallel, "PYTHONHASHSEED": "0", "PYTHONPATH": code}
-
-
 def copy_worker(files: Sequence[str], out: Path) -> Path:
     """The worker's own files, and an empty edgec/__init__.py, in the new folder out/edgec."""
     source, target = Path(edgec.__file__).resolve().parent, out / "edgec"

@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import edgec
+from edgec.bench.devices._environment import worker_settings
 from edgec.bench.devices._limits import HostLimits, parse_limits
 from edgec.bench.jobs import Job
 from edgec.errors import UsageError
@@ -22,12 +23,6 @@ from edgec.subprocesses import Finished, run
 
 PLUGIN = True
 USAGE = "local, local:cores=2,ram=2GB"
-
-HUGE_PAGES = "glibc.malloc.hugetlb=1"
-"""Linux: large blocks of memory in pages of 2 MB, as the system has them to give (glibc's manual, "Memory Allocation
-Tunables"). For every contestant alike. Without it a process that repacks its weights gets pages of 4 kB, and where they
-happen to lie makes it 20 % faster or slower for as long as it lives: benches of the same files did not agree.
-"""
 
 
 def create(argument: str) -> LocalDevice:
@@ -91,21 +86,11 @@ def run_worker(
 
 
 def worker_environment(threads: int) -> dict[str, str]:
-    """Our environment with every thread pool fixed, hashing fixed and the network off; edgec importable."""
-    count = str(threads)
+    """Our environment with what every worker gets (`worker_settings`), and the network off; edgec importable."""
     package_root = str(Path(edgec.__file__).resolve().parents[1])
-    return {
-        **os.environ,
-        "GLIBC_TUNABLES": ":".join(filter(None, (HUGE_PAGES, os.environ.get("GLIBC_TUNABLES")))),
-        "OMP_NUM_THREADS": count,
-        "MKL_NUM_THREADS": count,
-        "OPENBLAS_NUM_THREADS": count,
-        "RAYON_NUM_THREADS": count,
-        "TOKENIZERS_PARALLELISM": "true" if threads > 1 else "false",
-        "PYTHONHASHSEED": "0",
-        "PYTHONPATH": os.pathsep.join(p for p in (package_root, os.environ.get("PYTHONPATH", "")) if p),
-        "HF_HUB_OFFLINE": "1",
-    }
+    settings = worker_settings(threads, os.pathsep.join(filter(None, (package_root, os.environ.get("PYTHONPATH")))))
+    tunables = ":".join(filter(None, (settings["GLIBC_TUNABLES"], os.environ.get("GLIBC_TUNABLES"))))
+    return {**os.environ, **settings, "GLIBC_TUNABLES": tunables, "HF_HUB_OFFLINE": "1"}
 
 
 def _memory() -> str:
