@@ -254,7 +254,7 @@ def read_measured(path: Path, task: str, row: hardware.Hardware) -> list[dict[st
     try:
         system, found = str(body["machine"]["system"]).lower(), []
         for entry in body["measurements"]:
-            if str(entry["device"]).startswith("cuda"):
+            if str(entry["device"]).startswith(("cuda", "vulkan")):
                 raise UsageError(
                     f"--measured {path}: {entry['contestant']!r} was measured on a GPU, and no target is for one"
                 )

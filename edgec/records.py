@@ -184,7 +184,9 @@ class Target:
 
 @dataclass(frozen=True)
 class Spread:
-    """The median of `n` measurements. low, high: where the true median is, with 90 % confidence (`harness.spread`)."""
+    """The median of `n` measurements. low, high: where the true median is, with 90 % confidence if
+    n is five or more (`edgec.bench.harness.spread`).
+    """
 
     value: float
     low: float

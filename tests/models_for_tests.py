@@ -82,8 +82,10 @@ def write_encoder(folder: Path, **changes: Any) -> Path:
     return folder
 
 
-def write_causal_lm(folder: Path, **changes: Any) -> Path:
-    """A two-layer Llama of width 128 with a byte tokenizer; the head is tied to the table."""
+def write_causal_lm(folder: Path, config: str = "LlamaConfig", **changes: Any) -> Path:
+    """A two-layer Llama, or what else the class of `config` is of, of width 128 with a byte tokenizer; the head is tied
+    to the table.
+    """
     torch.manual_seed(0)
     settings: dict[str, Any] = {
         "vocab_size": 320,
@@ -100,7 +102,7 @@ def write_causal_lm(folder: Path, **changes: Any) -> Path:
         "pad_token_id": 0,
     }
     auto: Any = transformers.AutoModelForCausalLM
-    model = auto.from_config(transformers.LlamaConfig(**settings | changes))
+    model = auto.from_config(getattr(transformers, config)(**settings | changes))
     _shape_spectra(model)
     model.save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)

@@ -83,7 +83,7 @@ class BenchSettings:
     new_tokens: int = 64
     batch: int = 32
     sentence_words: int = 16
-    spread_bound: float = 0.15
+    spread_bound: float = 0.25
     timeout_s: float = 600.0
     spin: Spin = "run"
     seed: int = 0
@@ -278,9 +278,9 @@ def _settings(row: _Row, settings: BenchSettings) -> dict[str, int | float | str
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """Median of one value per process, and the narrowest pair of them that has the true median between it with 90 %
+    """Median of one value per process, and the innermost pair of them that has the true median in between with 90 %
     confidence, whatever the distribution: the interval of the sign test. Fewer than five do not allow that; the
-    extremes of four, three and two have it between them with 88, 75 and 50 %.
+    extremes of four, three and two have it in between with 88, 75 and 50 %.
 
     Quartiles, which say how single processes scatter, were turned down: a second bench seldom agrees within them.
     """

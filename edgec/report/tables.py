@@ -19,7 +19,8 @@ from edgec.report import text
 WIDTH = 100
 """Columns that a terminal table may take."""
 
-JSON_VERSION = 1
+JSON_VERSION = 2
+"""1: low and high were quartiles."""
 
 
 def measurement_table(measurements: Sequence[Measurement], title: str = "") -> Table:
@@ -131,7 +132,7 @@ def to_markdown(measurements: Sequence[Measurement]) -> str:
 
 
 CSV_COLUMNS = ("contestant", "device", "threads", "metric", "unit", "median", "low", "high", "n")
-"""low and high bound the true median (90 % confidence); they and n are empty for what is counted or computed."""
+"""low and high bound the true median (Spread); they and n are empty for what is counted or computed."""
 
 
 def to_csv(measurements: Sequence[Measurement]) -> str:

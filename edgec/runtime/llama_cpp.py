@@ -25,6 +25,7 @@ from edgec.errors import CheckpointError, NumericsError, RuntimeUnavailableError
 from edgec.gguf_header import GgufHeader, read_header
 from edgec.runtime.interfaces import CAUSAL_LM, Floats, Ids, Piece
 from edgec.runtime.layout import gguf_file
+from edgec.runtime.llama_opening import open_model
 from edgec.runtime.options import RuntimeOptions
 from edgec.runtime.prompts import SAMPLING, check_prompt, check_sampling, require_same_run
 
@@ -44,11 +45,6 @@ _BATCH = 512
 _LOGITS_CHUNK = 128
 """Tokens whose logits are kept at once [tokens]: a large vocabulary's would not fit for all."""
 
-_ALL_LAYERS = 1 << 16
-"""More layers than any model has [count]: llama.cpp puts them all on the GPU."""
-
-_NO_AMX = "CFLAGS=-mno-amx-int8 CXXFLAGS=-mno-amx-int8"
-"""What leaves the AMX code out, for GCC and Clang on x86-64; the Makefile has the same."""
 _LEVELS = {3: logging.INFO, 4: logging.WARNING}
 """ggml's levels of warnings and errors; everything else is for debugging."""
 
@@ -98,7 +94,7 @@ class Vocabulary:
         self._header = read_header(path)
         require_sound_vocabulary(self._header)
         self._lib = import_llama_cpp()
-        model = _open(self._lib, path, vocab_only=True)
+        model = open_model(self._lib, path, vocab_only=True)
         self._close = weakref.finalize(self, self._lib.llama_model_free, model)
         self._vocab = self._lib.llama_model_get_vocab(model)
 
@@ -200,7 +196,7 @@ class LlamaCpp:
         self._cache = {"f16": self._lib.GGML_TYPE_F16, "q8_0": self._lib.GGML_TYPE_Q8_0}.get(
             (options or RuntimeOptions()).kv_cache
         )
-        self._model = _open(self._lib, path, gpu=(options or RuntimeOptions()).gpu)
+        self._model = open_model(self._lib, path, gpu=(options or RuntimeOptions()).gpu)
         self._close = weakref.finalize(self, self._lib.llama_model_free, self._model)
         self.vocabulary = Vocabulary.of_model(self._lib, self._model, header)
         self._adapter = self._open_adapter(adapter) if adapter.is_file() else None
@@ -386,60 +382,6 @@ def sampler_chain(lib: Any, sampling: dict[str, Any] | None, vocab_size: int) ->
     lib.llama_sampler_chain_add(chain, lib.llama_sampler_init_temp(float(found["temperature"])))
     lib.llama_sampler_chain_add(chain, lib.llama_sampler_init_dist(int(found["random_seed"])))
     return chain
-
-
-_NO_DEVICES = (ctypes.c_void_p * 1)(None)
-"""A list that ends at once. Without one, a llama.cpp built for GPUs sends long prompts to them, layers or no layers."""
-
-
-def model_params(lib: Any, *, vocab_only: bool = False, gpu: int | None = None) -> Any:
-    """llama.cpp's own parameters for a model on the CPU, without what crashes there (`uses_amx`), or for a GPU, with
-    every layer on it (the table of tokens stays in the processor's memory). Raises RuntimeUnavailableError.
-    """
-    params = lib.llama_model_default_params()
-    params.n_gpu_layers = 0
-    params.vocab_only = vocab_only
-    if gpu is None:
-        params.devices = ctypes.addressof(_NO_DEVICES)
-    else:
-        if not lib.llama_supports_gpu_offload():
-            raise RuntimeUnavailableError(
-                "this llama-cpp-python has no GPU back end; build it with one, for example CMAKE_ARGS=-DGGML_CUDA=on "
-                "(or GGML_VULKAN) pip install --force-reinstall --no-cache-dir --no-deps llama-cpp-python"
-            )
-        params.n_gpu_layers, params.main_gpu = _ALL_LAYERS, gpu
-        params.split_mode = lib.LLAMA_SPLIT_MODE_NONE  # or the model is spread over all GPUs that are there
-    if not vocab_only and uses_amx(lib):  # a vocabulary multiplies nothing, so there is nothing to warn of
-        params.use_extra_bufts = False
-    return params
-
-
-@cache
-def uses_amx(lib: Any) -> bool:
-    """Would this build multiply with AMX on this machine? Says once what to do about it.
-
-    ggml's AMX code ends the process with a fault when it was compiled by GCC 13 or older, which drops the tile
-    configuration that is handed to an assembler statement by address, and on kernels that want each thread to ask for
-    tiles (both in ggml-org/llama.cpp pull request 26954, not in 0.3.36). Whether a build is sound can only be found by
-    trying it, so none is used.
-    """
-    found = b"AMX_INT8 = 1" in lib.llama_print_system_info()
-    if found:
-        logger.warning(
-            "this llama-cpp-python was compiled with AMX, which can crash; edgec leaves it and all repacked weights "
-            "out, which is slower. Compile it without: %s pip install --force-reinstall --no-cache-dir --no-deps "
-            "llama-cpp-python",
-            _NO_AMX,
-        )
-    return found
-
-
-def _open(lib: Any, path: Path, *, vocab_only: bool = False, gpu: int | None = None) -> Any:
-    params = model_params(lib, vocab_only=vocab_only, gpu=gpu)
-    model = lib.llama_model_load_from_file(str(path).encode(), params)
-    if not model:
-        raise CheckpointError(f"llama.cpp cannot load {path}; --debug shows its reasons")
-    return model
 
 
 def _every_output(batch: Any) -> tuple[Any, ...]:

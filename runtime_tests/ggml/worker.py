@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from edgec.runtime.llama_cpp import import_llama_cpp, model_params
+from edgec.runtime.llama_cpp import import_llama_cpp
+from edgec.runtime.llama_opening import model_params
 
 Floats = Any
 

@@ -58,7 +58,7 @@ def test_a_plan_fits_too() -> None:
 
 def test_json_is_whole_and_refuses_what_is_no_number() -> None:
     record = json.loads(to_json([row(HOSTILE)], machine={"cpu": "x"}, commands=["edgec"]))
-    assert record["measurements"][0]["contestant"] == HOSTILE and record["version"] == 1
+    assert record["measurements"][0]["contestant"] == HOSTILE and record["version"] == 2
     assert record["measurements"][0]["metrics"]["decode_tok_s"] == {"value": 1234.5, "low": 1200, "high": 1300, "n": 5}
     with pytest.raises(BenchError, match="NaN"):
         to_json([row("a", metrics={"load_s": Spread(math.nan, 0, 0, 1)})])

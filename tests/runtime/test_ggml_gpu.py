@@ -1,7 +1,7 @@
-"""GGUF files on a GPU, where ggml has one: the processor's logits, and its alone where no GPU is asked for.
+"""GGUF files on a GPU, where ggml has one: the processor's logits, and its alone where none is asked for.
 
-Any back end will do. A software driver is enough: llama-cpp-python built with GGML_VULKAN, Mesa's lavapipe (25 does; 22.3
-crashes when memory is given back) and GGML_VK_VISIBLE_DEVICES=0, because ggml passes processors over unless asked.
+Any back end will do. A software driver is enough: llama-cpp-python built with GGML_VULKAN, Mesa's lavapipe (25 does;
+22.3 crashes when memory is given back) and GGML_VK_VISIBLE_DEVICES=0, because ggml passes processors over unless asked.
 """
 
 from __future__ import annotations

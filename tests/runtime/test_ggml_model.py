@@ -23,7 +23,8 @@ from edgec.quantize import rtn
 from edgec.quantize.formats import CoreFormat
 from edgec.runtime.ggml import library
 from edgec.runtime.ggml.model import GgmlModel
-from edgec.runtime.llama_cpp import import_llama_cpp, model_params, uses_amx
+from edgec.runtime.llama_cpp import import_llama_cpp
+from edgec.runtime.llama_opening import model_params, uses_amx
 from edgec.runtime.options import RuntimeOptions
 
 SIZES: dict[str, Any] = {

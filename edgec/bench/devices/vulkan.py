@@ -70,7 +70,6 @@ class VulkanDevice(LocalDevice):
         host = super().describe()
         return {
             "processor": f"{self._gpu.description} (Vulkan)",
-            "memory": f"{self._gpu.memory / 1e9:.1f} GB for the GPU",
             "host": f"{host['processor']}, {host['cores']}, {host['memory']}",
             "system": platform.system(),
             "python": host["python"],

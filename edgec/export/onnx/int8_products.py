@@ -37,6 +37,8 @@ from edgec.quantize.formats import QuantizedTensor
 
 DOMAIN = "edgec"
 _OPSETS = {"": 21}
+BIAS = 6
+"""Place of a bias among the inputs of MatMulIntegerToFloat; `biases` puts it there."""
 _LEAST_K = 64
 """Below it, quantising the input costs what the faster product gains: rotations are unpacked to floats."""
 _BITS = (2, 4, 8)
@@ -150,10 +152,10 @@ def use_float_activations(model: ir.Model) -> None:
         quantised, unpacked = q.producer() if q else None, w.producer() if w else None
         if quantised is None or unpacked is None or unpacked.domain != DOMAIN:
             continue
-        product = ir.node("MatMul", [quantised.inputs[0], w], name=node.name)
-        ir.convenience.replace_nodes_and_values(
-            model.graph, node, [node], [product], node.outputs, product.outputs
-        )
+        new = [ir.node("MatMul", [quantised.inputs[0], w], name=node.name)]
+        if len(node.inputs) > BIAS:
+            new.append(ir.node("Add", [new[0].outputs[0], node.inputs[BIAS]]))
+        ir.convenience.replace_nodes_and_values(model.graph, node, [node], new, node.outputs, new[-1].outputs)
         if not any(output.uses() for output in quantised.outputs):
             model.graph.remove(quantised, safe=True)
     for identifier, function in list(model.functions.items()):

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from edgec.contraction import run
 from edgec.errors import ExportError
+from edgec.export.onnx.biases import absorb_biases
 from edgec.export.onnx.graph import MICROSOFT, DenseGraph
 from edgec.export.onnx.int8_products import Int8Products, smoothing, takes
 from edgec.fit import Core, Factors
@@ -173,6 +174,8 @@ def lower(graph: DenseGraph, factors: Mapping[str, Factors], *, accuracy_level: 
         if node is None:
             raise ExportError(f"lowering: layer {name!r} is in the plan, but no node of the graph computes it")
         _replace(model, node, name, fitted, accuracy_level, shared, products)
+    if products is not None:
+        absorb_biases(model)
     drop_unused(model)
     if products is not None:
         model.sort()  # what products share was put before the first of them in the plan's order

@@ -2,8 +2,9 @@
 
 A product costs a decoder two waits of all threads and a rounding of its input to int8, whatever its size; of a small
 model query, key and value, gate and up are a fifth of a step. Their codes are laid one under the other: the same
-numbers, bit for bit, and the same bytes. onnxruntime's attention takes its three packed in one tensor; the others
-(gate and up, first cores of factored layers) are taken apart by a Split, which waits for nobody.
+numbers, bit for bit, and the same bytes. onnxruntime's attention takes its three packed in one tensor. The others (gate
+and up, first cores of factored layers) are taken apart by a Split, which copies them: nothing for a token, but a long
+prompt's are held twice meanwhile, so large products, which gain least, stay apart.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from edgec.export.onnx.graph import MICROSOFT
 from edgec.export.onnx.lowering import drop_unused
 
 _SAME = ("K", "bits", "block_size", "accuracy_level")
+_MOST_SPLIT = 1 << 22
+"""Weights of products that a Split takes apart [count]: with more of them, reading takes twenty times what is saved."""
 
 
 def pack_projections(model: ir.Model) -> int:
@@ -27,8 +30,9 @@ def pack_projections(model: ir.Model) -> int:
         if len(node.outputs[0].uses()) and node.outputs[0].name not in _names(model.graph.outputs):
             found.setdefault(_kind(node), []).append(node)
     for products in found.values():
-        if len(products) > 1:
-            _pack(model.graph, products)
+        attention = _attention_of([node.outputs[0] for node in products])
+        if attention is not None or (len(products) > 1 and _weights(products) <= _MOST_SPLIT):
+            _pack(model.graph, products, attention)
     drop_unused(model.graph)
     return before - len(_products(model.graph))
 
@@ -47,6 +51,10 @@ def _kind(node: ir.Node) -> object:
     return id(node.inputs[0]), tuple(node.attributes[name].as_int() for name in _SAME), stored
 
 
+def _weights(products: list[ir.Node]) -> int:
+    return sum(node.attributes["N"].as_int() * node.attributes["K"].as_int() for node in products)
+
+
 def _stored(value: ir.Value | None) -> ir.Value:
     """The constant that an operand is, or is cast from."""
     assert value is not None
@@ -56,7 +64,8 @@ def _stored(value: ir.Value | None) -> ir.Value:
     return found
 
 
-def _pack(graph: ir.Graph, products: list[ir.Node]) -> None:
+def _pack(graph: ir.Graph, products: list[ir.Node], attention: ir.Node | None) -> None:
+    """attention: which takes them as they are packed; None for a Split."""
     first = products[0]
     name = f"{first.name}.packed"
     operands, added = [first.inputs[0]], []
@@ -76,7 +85,7 @@ def _pack(graph: ir.Graph, products: list[ir.Node]) -> None:
     packed.name, packed.type = f"{first.outputs[0].name}.packed", ir.TensorType(ir.DataType.FLOAT)
     added.append(product)
     outputs = [node.outputs[0] for node in products]
-    if (attention := _attention_of(outputs)) is not None:
+    if attention is not None:
         graph.insert_before(first, added)
         attention.replace_input_with(0, packed)
         for place in (1, 2):

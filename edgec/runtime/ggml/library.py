@@ -101,7 +101,6 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "ggml_backend_dev_type": (c_int, _P),
     "ggml_backend_dev_name": (c_char_p, _P),
     "ggml_backend_dev_description": (c_char_p, _P),
-    "ggml_backend_dev_memory": (None, _P, _P, _P),
     "ggml_backend_dev_init": (_P, _P, c_char_p),
     "ggml_backend_dev_buffer_type": (_P, _P),
     "ggml_backend_dev_backend_reg": (_P, _P),

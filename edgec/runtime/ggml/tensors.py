@@ -100,11 +100,10 @@ class Buffer:
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU as ggml tells of it. name: its back end and a number, "Vulkan0". memory: its own [bytes]."""
+    """A GPU as ggml tells of it. name: its back end and a number, "Vulkan0"."""
 
     name: str
     description: str
-    memory: int
 
 
 def gpus() -> tuple[Gpu, ...]:
@@ -112,18 +111,32 @@ def gpus() -> tuple[Gpu, ...]:
 
     Raises RuntimeUnavailableError where that is not installed.
     """
-    lib, found = library(), []
-    for device in _gpu_devices(lib):
-        free, total = ctypes.c_size_t(), ctypes.c_size_t()
-        lib.backend_dev_memory(device, ctypes.byref(free), ctypes.byref(total))
-        name, description = lib.backend_dev_name(device), lib.backend_dev_description(device)
-        found.append(Gpu(name.decode(), description.decode("utf-8", "replace"), total.value))
-    return tuple(found)
+    lib = library()
+    told = [(lib.backend_dev_name(gpu), lib.backend_dev_description(gpu)) for gpu in _gpu_devices(lib)]
+    return tuple(Gpu(name.decode(), description.decode("utf-8", "replace")) for name, description in told)
+
+
+def gpu_device(number: int) -> int:
+    """ggml's handle of one of them. Raises RuntimeUnavailableError."""
+    found = _gpu_devices(library())
+    if number < len(found):
+        return found[number]
+    raise RuntimeUnavailableError(
+        f"this llama-cpp-python has {len(found)} GPUs and was asked for number {number}; build it with a back end for "
+        "them: CMAKE_ARGS=-DGGML_CUDA=on (or GGML_VULKAN, GGML_METAL) pip install --force-reinstall --no-cache-dir "
+        "--no-deps llama-cpp-python"
+    )
 
 
 def _gpu_devices(lib: Library) -> list[int]:
-    """As llama.cpp orders them: integrated ones only where there is no other."""
+    """Integrated ones only where there is no other, as llama.cpp does it."""
     return _devices(lib, GPU) or _devices(lib, INTEGRATED_GPU)
+
+
+def _processor(lib: Library) -> int:
+    if found := _devices(lib, CPU):
+        return found[0]
+    raise RuntimeUnavailableError("this llama-cpp-python has no CPU back end; install it anew")
 
 
 def _devices(lib: Library, kind: int) -> list[int]:
@@ -141,7 +154,7 @@ class Device:
         """
         self.lib = lib = library()
         self.threads, self.on_cpu = threads, gpu is None
-        self.device = self._find(gpu)
+        self.device = _processor(lib) if gpu is None else gpu_device(gpu)
         self.name: str = lib.backend_dev_name(self.device).decode()
         self.backend: int = lib.backend_dev_init(self.device, None)
         if not self.backend:
@@ -151,20 +164,9 @@ class Device:
         if set_threads := self._procedure(b"ggml_backend_set_n_threads", None, c_void_p, c_int):
             set_threads(self.backend, threads)
 
-    def _find(self, gpu: int | None) -> int:
-        found = _devices(self.lib, CPU) if gpu is None else _gpu_devices(self.lib)
-        if (gpu or 0) < len(found):
-            return found[gpu or 0]
-        if gpu is None:
-            raise RuntimeUnavailableError("this llama-cpp-python has no CPU back end; install it anew")
-        raise RuntimeUnavailableError(
-            f"this llama-cpp-python has {len(found)} GPUs and was asked for number {gpu}; build it with GGML_CUDA, "
-            "GGML_VULKAN or GGML_METAL for GPUs"
-        )
-
     def packed_memory(self) -> list[int]:
         """Buffer types in which weights lie as the fastest kernels of this CPU read them, best first; not AMX's, whose
-        kernels crash in most builds (`edgec.runtime.llama_cpp.uses_amx`).
+        kernels crash in most builds (`edgec.runtime.llama_opening.uses_amx`).
         """
         listed = self._procedure(b"ggml_backend_dev_get_extra_bufts", ctypes.POINTER(c_void_p), c_void_p)
         found: list[int] = []

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from edgec.bench.devices import open_device
+from edgec.bench.devices._environment import HUGE_PAGES, worker_settings
 from edgec.bench.devices._limits import parse_limits, parse_ram_limit
+from edgec.bench.devices.local import worker_environment
 from edgec.bench.harness import BenchSettings, Contestant, run_bench
 from edgec.bench.jobs import Answers, Job
 from edgec.errors import BenchError, UsageError
@@ -30,6 +32,14 @@ def test_limits_as_people_type_them() -> None:
         parse_ram_limit("nanGB")
     with pytest.raises(UsageError, match="cores wanted"):
         open_device("local:cores=9999")
+
+
+def test_workers_get_huge_pages_and_what_the_user_tunes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    assert worker_environment(2)["GLIBC_TUNABLES"] == HUGE_PAGES
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.perturb=1")
+    assert worker_environment(2)["GLIBC_TUNABLES"] == f"{HUGE_PAGES}:glibc.malloc.perturb=1"
+    assert worker_settings(2, "code")["GLIBC_TUNABLES"] == HUGE_PAGES, "of another machine, ours says nothing"
 
 
 def test_one_core_is_one_core(encoder_folder: Path) -> None:

@@ -16,12 +16,12 @@ from edgec.bench.devices import file, local, open_device, vulkan
 from edgec.bench.harness import BenchSettings, Contestant, run_bench
 from edgec.bench.jobs import Job
 from edgec.errors import BenchError, UsageError
-from edgec.runtime.ggml.tensors import Gpu, gpus
+from edgec.runtime.ggml.tensors import Gpu
 from edgec.subprocesses import Finished
 
 QUICK = BenchSettings(rounds=1, samples=1, warmup=0, min_sample_s=0.0, threads=1, timeout_s=300, new_tokens=4)
-CARD, OTHER = Gpu("Vulkan0", "Imaginary RX", 8_000_000_000), Gpu("CUDA0", "Imaginary GTX", 1)
-SOFTWARE = Gpu("Vulkan1", "llvmpipe (LLVM 19)", 1_000_000_000)
+CARD, OTHER = Gpu("Vulkan0", "Imaginary RX"), Gpu("CUDA0", "Imaginary GTX")
+SOFTWARE = Gpu("Vulkan1", "llvmpipe (LLVM 19)")
 
 
 @pytest.fixture
@@ -39,7 +39,6 @@ def test_only_what_vulkan_drives_is_numbered(listed: Callable[..., None]) -> Non
     listed(OTHER, CARD)
     device = open_device("vulkan")
     assert device.describe()["processor"] == "Imaginary RX (Vulkan)"
-    assert device.describe()["memory"] == "8.0 GB for the GPU"
     assert not any("software" in note for note in device.notes)
     assert file("vulkan").needs() == ()
     with pytest.raises(BenchError, match=r"no such GPU \(Imaginary RX\).*GGML_VULKAN"):
@@ -82,7 +81,7 @@ def test_without_a_gpu_it_says_what_to_build(listed: Callable[..., None]) -> Non
     assert "a GPU with a Vulkan driver" in file("vulkan").needs()[0]
 
 
-@pytest.mark.skipif(not gpus(), reason="this llama-cpp-python has no GPU back end, or finds no GPU")
+@pytest.mark.skipif(bool(file("vulkan").needs()), reason="no GPU that ggml reaches by Vulkan")
 def test_a_gpu_is_measured(tmp_path: Path) -> None:
     model = shapes.write("llama-tiny", tmp_path / "model")
     folder = random_gguf.write_factored(model, "uniform:0.5", tmp_path / "factored")

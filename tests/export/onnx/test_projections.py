@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import pytest
+from models_for_tests import write_causal_lm
 
 from edgec import modeling
 from edgec.checkpoint import open_checkpoint
+from edgec.export.onnx import projections
 from edgec.export.onnx.decoder import build_decoder
 from edgec.export.onnx.lowering import lower
 from edgec.export.onnx.projections import pack_projections
@@ -41,23 +43,28 @@ def lowered(source: Path, work: Path, formats: dict[str, str], ranks: Mapping[st
 
 
 def logits(model: ir.Model, source: Path, path: Path) -> np.ndarray[Any, Any]:
+    """Of a prompt, then of one token after it, on two threads: other kernels, in other shares."""
     import onnxruntime
 
     ir.save(model, path)
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
+    options.intra_op_num_threads = 2
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     head = modeling.dimensions(open_checkpoint(source)).head_dim
-    feeds: dict[str, Any] = {}
-    for wanted in session.get_inputs():
-        if wanted.name.startswith("past_key_values"):
-            feeds[wanted.name] = np.zeros((1, wanted.shape[1], 0, head), np.float32)
-    ids = np.arange(3, 12)[None]
-    feeds |= {"input_ids": ids, "attention_mask": np.ones_like(ids)}
-    if "position_ids" in {wanted.name for wanted in session.get_inputs()}:
-        feeds["position_ids"] = np.arange(ids.shape[1])[None]
-    found: np.ndarray[Any, Any] = session.run(["logits"], feeds)[0]
-    return found
+    asked = [wanted.name for wanted in session.get_inputs()]
+    caches = [wanted for wanted in session.get_inputs() if wanted.name.startswith("past_key_values")]
+    past = {wanted.name: np.zeros((1, wanted.shape[1], 0, head), np.float32) for wanted in caches}
+    names = [output.name for output in session.get_outputs()]
+    found, seen = [], 0
+    for ids in (np.arange(3, 12)[None], np.array([[5]])):
+        seen += ids.shape[1]
+        feeds: dict[str, Any] = {"input_ids": ids, "attention_mask": np.ones((1, seen), np.int64), **past}
+        if "position_ids" in asked:
+            feeds["position_ids"] = np.arange(seen - ids.shape[1], seen)[None]
+        told = dict(zip(names, session.run(names, feeds), strict=True))
+        found.append(told["logits"])
+        past = {name: told[name.replace("past_key_values", "present")] for name in past}
+    return np.concatenate(found, axis=1)
 
 
 def products(model: ir.Model) -> list[ir.Node]:
@@ -107,3 +114,23 @@ def test_first_cores_of_factored_layers_are_one_product(lm_source: Path, tmp_pat
     assert pack_projections(model) == 3 * blocks
     assert sorted(len(n.outputs) for n in model.graph if n.op_type == "Split") == [2] * blocks + [3] * blocks
     np.testing.assert_array_equal(logits(model, lm_source, tmp_path / "packed.onnx"), apart)
+
+
+@pytest.mark.parametrize("kind", ["Qwen2Config", "Qwen3Config"])
+def test_what_stands_between_product_and_attention_stays_there(kind: str, tmp_path: Path) -> None:
+    """Biases of query, key and value in the one, norms of query and key in the other."""
+    source = write_causal_lm(tmp_path / "lm", config=kind)
+    model = lowered(source, tmp_path, dict.fromkeys([*PROJECTIONS, *MLP], "int4-b32"))
+    apart = logits(model, source, tmp_path / "apart.onnx")
+    blocks = sum(node.op_type == "GroupQueryAttention" for node in model.graph)
+    assert pack_projections(model) == 3 * blocks > 0
+    np.testing.assert_array_equal(logits(model, source, tmp_path / "packed.onnx"), apart)
+
+
+def test_large_products_stay_apart(lm_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A long prompt's copies would be large, and little is gained; attention takes what is packed without a copy."""
+    monkeypatch.setattr(projections, "_MOST_SPLIT", 0)
+    model = lowered(lm_source, tmp_path, dict.fromkeys([*PROJECTIONS, *MLP], "int4-b32"))
+    blocks = sum(node.op_type == "GroupQueryAttention" for node in model.graph)
+    assert pack_projections(model) == 2 * blocks
+    assert not any(node.op_type == "Split" for node in model.graph)

@@ -1,0 +1,95 @@
+"""Biases that int8 products add themselves, in the pass that scales their int32 results.
+
+Elsewhere a bias costs passes over a whole batch: onnxruntime adds three summands as two sums, and its attention copies
+query, key and value once more to add their biases. MatMulIntegerToFloat takes one for nothing. BiasGelu, which adds in
+the pass that it makes anyway, keeps its own.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from edgec.export.onnx.graph import MICROSOFT
+from edgec.export.onnx.int8_products import BIAS
+
+
+def absorb_biases(graph: ir.Graph) -> int:
+    """Move, in place, every bias behind a product that nothing else reads into it; returns how many it were."""
+    absorbed = 0
+    for node in list(graph):
+        if node.op_type in ("Add", "Sum"):
+            absorbed += _from_sum(graph, node)
+        elif node.op_type == "MultiHeadAttention":
+            absorbed += _from_attention(graph, node)
+    return absorbed
+
+
+def _product(value: ir.Value | None) -> ir.Node | None:
+    """The product without a bias that alone is behind a value."""
+    node = value.producer() if value is not None else None
+    if value is None or node is None or node.op_type != "MatMulIntegerToFloat" or len(node.inputs) > BIAS:
+        return None
+    return node if len(value.uses()) == 1 and not value.is_graph_output() else None
+
+
+def _columns(product: ir.Node) -> object:
+    shape = product.outputs[0].shape
+    return None if shape is None else shape[-1]
+
+
+def _from_sum(graph: ir.Graph, node: ir.Node) -> int:
+    """x Wᵀ + bias, or x Wᵀ + residual + bias."""
+    products = [product for value in node.inputs if (product := _product(value)) is not None]
+    if len(products) != 1:
+        return 0
+    product, width = products[0], _columns(products[0])
+    biases = [v for v in node.inputs if v is not None and v.shape is not None and list(v.shape) == [width]]
+    if len(biases) != 1:
+        return 0
+    total = _biased(graph, product, biases[0])
+    rest = [value for value in node.inputs if value is not biases[0] and value is not product.outputs[0]]
+    if rest:
+        left = ir.node(node.op_type, [total, *rest], name=node.name)
+        graph.insert_before(node, left)
+        total = left.outputs[0]
+    _replace(graph, node, node.outputs[0], total)
+    graph.remove(product, safe=True)
+    return 1
+
+
+def _from_attention(graph: ir.Graph, node: ir.Node) -> int:
+    """Query, key and value with one bias for the three, one after the other."""
+    bias = node.inputs[3] if len(node.inputs) > 3 else None
+    products = [product for value in node.inputs[:3] if (product := _product(value)) is not None]
+    if bias is None or bias.const_value is None or len(products) < 3:
+        return 0
+    widths = [width for product in products if isinstance(width := _columns(product), int)]
+    whole = bias.const_value.numpy()
+    if len(widths) < 3 or whole.shape != (sum(widths),):
+        return 0
+    for place, part in enumerate(np.split(whole, np.cumsum(widths)[:-1])):
+        tensor = ir.Tensor(np.ascontiguousarray(part), name=f"{bias.name}.{'qkv'[place]}")
+        value = ir.Value(name=tensor.name, const_value=tensor, shape=ir.Shape(part.shape), type=bias.type)
+        graph.register_initializer(value)
+        node.replace_input_with(place, _biased(graph, products[place], value))
+        graph.remove(products[place], safe=True)
+    node.replace_input_with(3, None)
+    return 3
+
+
+def _biased(graph: ir.Graph, product: ir.Node, bias: ir.Value) -> ir.Value:
+    """A twin of the product that adds the bias; its output."""
+    inputs = [*product.inputs, *[None] * (BIAS - len(product.inputs)), bias]
+    made = ir.node(product.op_type, inputs, domain=MICROSOFT, name=product.name)
+    graph.insert_before(product, made)
+    old, new = product.outputs[0], made.outputs[0]
+    new.shape, new.type, new.name = old.shape, old.type, f"{old.name}/biased"
+    return new
+
+
+def _replace(graph: ir.Graph, node: ir.Node, old: ir.Value, new: ir.Value) -> None:
+    new.shape, new.type, name = old.shape, old.type, old.name
+    ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+    old.name, new.name = f"{name}/without", name
+    graph.remove(node, safe=True)
