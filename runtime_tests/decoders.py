@@ -1,5 +1,5 @@
 """A small Llama of Python source (`pycode-lm` among the assets) exported for both runtimes: by default, with a cap on
-milliseconds, and in the plain format of the fastest baseline, beside its dense forms: `python -m
+milliseconds, and in the plain format of the fastest baselines, beside its dense forms: `python -m
 runtime_tests.decoders`. Quality is on text that calibrated nothing.
 """
 
@@ -17,6 +17,7 @@ _ARTIFACTS = {
     "llama-onnx-0.4ms": ["--target", "onnx-x64", "--max-latency", "0.4ms"],
     "llama-onnx-int4-b32": ["--target", "onnx-x64", "--plan", "dense:int4-b32"],
     "llama-gguf": ["--target", "gguf"],
+    "llama-gguf-int4-b32": ["--target", "gguf", "--plan", "dense:int4-b32"],
 }
 _BASELINES = ("int4", "int4-pruned", "q8_0", "q4_0", "q4_k_m")
 

@@ -9,8 +9,6 @@ prompt's are held twice meanwhile, so large products, which gain least, stay apa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import onnx_ir as ir
 
@@ -24,31 +22,47 @@ _MOST_SPLIT = 1 << 22
 
 def pack_projections(model: ir.Model) -> int:
     """Pack in place wherever several such products read one value; returns how many products are left out by it."""
-    before = len(_products(model.graph))
-    found: dict[object, list[ir.Node]] = {}
-    for node in _products(model.graph):
-        if len(node.outputs[0].uses()) and node.outputs[0].name not in _names(model.graph.outputs):
-            found.setdefault(_kind(node), []).append(node)
-    for products in found.values():
-        attention = _attention_of([node.outputs[0] for node in products])
+    graph = model.graph
+    before = _products(graph)
+    alike: dict[object, list[ir.Node]] = {}
+    for node in before:
+        if not any(end.is_graph_output() for end in (node.outputs[0], _end(node))):
+            alike.setdefault(_kind(node), []).append(node)
+    for products in alike.values():
+        attention = _attention_of([_end(node) for node in products])
         if attention is not None or (len(products) > 1 and _weights(products) <= _MOST_SPLIT):
-            _pack(model.graph, products, attention)
-    drop_unused(model.graph)
-    return before - len(_products(model.graph))
+            _pack(graph, products, attention)
+    drop_unused(graph)
+    return len(before) - len(_products(graph))
 
 
 def _products(graph: ir.Graph) -> list[ir.Node]:
     return [node for node in graph if node.op_type == "MatMulNBits"]
 
 
-def _names(values: Sequence[ir.Value]) -> set[str | None]:
-    return {value.name for value in values}
+def _bias(product: ir.Node) -> ir.Value | None:
+    """What the one reader of a product adds to all of its rows, where it does."""
+    (output,) = product.outputs
+    readers = [use.node for use in output.uses()]
+    if [reader.op_type for reader in readers] != ["Add"]:
+        return None
+    for added in readers[0].inputs:
+        stored = None if added is output else _stored(added).const_value
+        if stored is not None and list(stored.shape.numpy()) == [product.attributes["N"].as_int()]:
+            return added
+    return None
+
+
+def _end(product: ir.Node) -> ir.Value:
+    """What a product, and the bias behind it, come to."""
+    output: ir.Value = product.outputs[0]
+    return output if _bias(product) is None else next(iter(output.uses())).node.outputs[0]
 
 
 def _kind(node: ir.Node) -> object:
-    """Equal for products that can be one: what they read, how many numbers of which format."""
-    stored = tuple(_stored(value).dtype for value in node.inputs[1:])
-    return id(node.inputs[0]), tuple(node.attributes[name].as_int() for name in _SAME), stored
+    """Equal for products that can be one: what they read, how many numbers of which format, and whether of a bias."""
+    stored = tuple(_stored(value).dtype for value in (*node.inputs[1:], _bias(node)) if value is not None)
+    return id(node.inputs[0]), tuple(node.attributes[name].as_int() for name in _SAME), stored, _bias(node) is None
 
 
 def _weights(products: list[ir.Node]) -> int:
@@ -64,45 +78,46 @@ def _stored(value: ir.Value | None) -> ir.Value:
     return found
 
 
+def _attention_of(ends: list[ir.Value]) -> ir.Node | None:
+    """The attention that reads these three alone as query, key and value."""
+    readers = [use.node for value in ends for use in value.uses()]
+    fits = len(ends) == len(readers) == 3 and readers[0].op_type == "GroupQueryAttention"
+    return readers[0] if fits and all(readers[0].inputs[k] is value for k, value in enumerate(ends)) else None
+
+
 def _pack(graph: ir.Graph, products: list[ir.Node], attention: ir.Node | None) -> None:
     """attention: which takes them as they are packed; None for a Split."""
-    first = products[0]
+    first, ends, biases = products[0], [_end(node) for node in products], [_bias(node) for node in products]
     name = f"{first.name}.packed"
-    operands, added = [first.inputs[0]], []
-    for place in range(1, len(first.inputs)):
-        parts = [_stored(node.inputs[place]) for node in products]
-        value = _joined(parts)
-        graph.register_initializer(value)
-        if parts[0] is not first.inputs[place]:
-            added.append(ir.node("Cast", [value], attributes={"to": ir.DataType.FLOAT}))
-            value = added[-1].outputs[0]
-            value.name = f"{parts[0].name}.packed/Cast"
-        operands.append(value)
+    nodes: list[ir.Node] = []
     rows = [node.attributes["N"].as_int() for node in products]
-    attributes = {key: first.attributes[key].as_int() for key in _SAME}
-    product = ir.node("MatMulNBits", operands, attributes={**attributes, "N": sum(rows)}, domain=MICROSOFT, name=name)
-    packed = product.outputs[0]
-    packed.name, packed.type = f"{first.outputs[0].name}.packed", ir.TensorType(ir.DataType.FLOAT)
-    added.append(product)
-    outputs = [node.outputs[0] for node in products]
+    operands = [_joined(graph, [node.inputs[k] for node in products], nodes) for k in range(1, len(first.inputs))]
+    attributes = {key: first.attributes[key].as_int() for key in _SAME} | {"N": sum(rows)}
+    nodes.append(ir.node("MatMulNBits", [first.inputs[0], *operands], attributes, domain=MICROSOFT, name=name))
+    if biases[0] is not None:
+        nodes.append(ir.node("Add", [nodes[-1].outputs[0], _joined(graph, biases, nodes)], name=f"{name}/Add"))
+    packed = nodes[-1].outputs[0]
+    for node in nodes[-2:] if biases[0] is not None else nodes[-1:]:
+        node.outputs[0].name, node.outputs[0].type = f"{node.name}/output_0", ir.TensorType(ir.DataType.FLOAT)
     if attention is not None:
-        graph.insert_before(first, added)
+        graph.insert_before(first, nodes)
         attention.replace_input_with(0, packed)
         for place in (1, 2):
             attention.replace_input_with(place, None)
         return
-    sizes = ir.Value(name=f"{name}/sizes", const_value=ir.tensor(np.array(rows, np.int64), name=f"{name}/sizes"))
-    sizes.shape, sizes.dtype = ir.Shape([len(rows)]), ir.DataType.INT64
-    graph.register_initializer(sizes)
-    split = ir.node("Split", [packed, sizes], attributes={"axis": -1}, num_outputs=len(rows), name=f"{name}/Split")
-    graph.insert_before(first, [*added, split])
-    for old, new in zip(outputs, split.outputs, strict=True):
+    sizes = _constant(graph, ir.tensor(np.array(rows, np.int64), name=f"{name}/sizes"))
+    nodes.append(ir.node("Split", [packed, sizes], {"axis": -1}, num_outputs=len(rows), name=f"{name}/Split"))
+    graph.insert_before(first, nodes)
+    for old, new in zip(ends, nodes[-1].outputs, strict=True):
         new.shape, new.type, new.name = old.shape, old.type, f"{old.name}.of_packed"
         old.replace_all_uses_with(new)
 
 
-def _joined(parts: list[ir.Value]) -> ir.Value:
-    """Constants one under the other. Lazily, so that a large model is not held twice."""
+def _joined(graph: ir.Graph, values: list[ir.Value | None], nodes: list[ir.Node]) -> ir.Value:
+    """Operands one under the other, behind a Cast in `nodes` where they were behind one. Their bytes are put together
+    when the file is written, so that a large model is not held twice.
+    """
+    parts = [_stored(value) for value in values]
     tensors = [part.const_value for part in parts if part.const_value is not None]
     shape = ir.Shape([sum(int(t.shape.numpy()[0]) for t in tensors), *tensors[0].shape.numpy()[1:]])
     name = f"{parts[0].name}.packed"
@@ -110,13 +125,17 @@ def _joined(parts: list[ir.Value]) -> ir.Value:
     def join() -> ir.TensorProtocol:
         return ir.Tensor(np.concatenate([t.numpy() for t in tensors]), name=name)
 
-    lazy = ir.LazyTensor(join, dtype=tensors[0].dtype, shape=shape, name=name)
-    return ir.Value(name=name, const_value=lazy, shape=shape, type=ir.TensorType(lazy.dtype))
+    value = _constant(graph, ir.LazyTensor(join, dtype=tensors[0].dtype, shape=shape, name=name))
+    if parts[0] is values[0]:
+        return value
+    nodes.append(ir.node("Cast", [value], {"to": ir.DataType.FLOAT}))
+    nodes[-1].outputs[0].name = f"{name}/Cast"
+    return nodes[-1].outputs[0]
 
 
-def _attention_of(outputs: list[ir.Value]) -> ir.Node | None:
-    """The attention that reads these three alone as query, key and value."""
-    readers = [use.node for value in outputs for use in value.uses()]
-    attention = readers[0]
-    fits = len(outputs) == len(readers) == 3 and attention.op_type == "GroupQueryAttention"
-    return attention if fits and all(attention.inputs[k] is value for k, value in enumerate(outputs)) else None
+def _constant(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
+    value = ir.Value(
+        name=tensor.name, const_value=tensor, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(tensor.dtype)
+    )
+    graph.register_initializer(value)
+    return value
