@@ -1,4 +1,4 @@
-"""A device's ceilings, asked once per bench, and how near each causal LM comes to the one that its decoding has.
+"""A device's ceilings, asked before and after a bench, and how near each causal LM comes to the one that its decoding has.
 
 The worker measures (`edgec.bench.roofline`); here its job is made, its answer is read, and the artifact's own bytes
 (`edgec.bench.reads`) are put beside it. A roofline from a data sheet was turned down: what a virtual machine or a phone
@@ -38,6 +38,12 @@ class Ceilings:
 
     values: Mapping[str, float] = field(default_factory=dict)
     problem: str = ""
+
+    def or_higher(self, other: Ceilings) -> Ceilings:
+        """The higher of each: what was reached once can be reached. What `other` could not find does not count."""
+        names = [*self.values, *(name for name in other.values if name not in self.values)]
+        best = {name: max(found[name] for found in (self.values, other.values) if name in found) for name in names}
+        return Ceilings(best, "" if best else self.problem)
 
 
 def ask(device: Device, threads: int) -> Ceilings:
