@@ -1,9 +1,9 @@
 """What the device itself can do: bytes per second from its memory, and integer products per second from its cores.
 
 A decode step multiplies every weight once with one vector, so it can be no faster than its weights and its cache come
-out of memory. The worker measures that on the device (standard library, numpy and the runtime, no torch), before
-and after a bench, as a job of the task `ROOFLINE`. A ceiling is a maximum: the best pass counts, since whatever else the machine
-did can only have slowed the others down.
+out of memory. The worker measures that on the device (standard library, numpy and the runtime, no torch), before and
+after a bench, as a job of the task `ROOFLINE`. A ceiling is a maximum: the best pass counts, since whatever else the
+machine did can only have slowed the others down.
 
 Memory is read only: reductions over a buffer far larger than the caches, a slice per thread (numpy lets go of the
 interpreter's lock in them). STREAM's copy and triad were turned down: they write as much as they read, and decoding
