@@ -47,7 +47,7 @@ setup:
 
 # llama.cpp is compiled for some minutes, which `make demo` should not have to wait for. Where it cannot be compiled, the
 # tests of GGUF say that they are skipped, and the next run tries again. ggml's AMX code crashes when GCC 13 or older
-# compiled it (edgec/runtime/llama_cpp.py, `uses_amx`), so it is left out; where the machine has AMX, a wheel that pip
+# compiled it (edgec/runtime/llama_opening.py, `uses_amx`), so it is left out; where the machine has AMX, a wheel that pip
 # kept from an earlier compilation is not taken.
 setup-gguf: setup
 	@set -eu; \

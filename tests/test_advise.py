@@ -179,8 +179,9 @@ def test_what_cannot_be_judged_is_refused(
     check_failure(invoke(capsys, *start, "--measured", other), 2, "--measured .*arm.json: measured on linux 6")
     wrong = _bench_file(tmp_path / "lm.json", task="causal-lm")
     check_failure(invoke(capsys, *start, "--measured", wrong), 2, "--measured .*'dense int8' is a causal-lm")
-    other = _bench_file(tmp_path / "gpu.json", device="cuda:0")
-    check_failure(invoke(capsys, *start, "--measured", other), 2, "--measured .*'dense int8' was measured on a GPU")
+    for device in ("cuda:0", "vulkan:0"):
+        other = _bench_file(tmp_path / "gpu.json", device=device)
+        check_failure(invoke(capsys, *start, "--measured", other), 2, "--measured .*'dense int8' was measured on a GPU")
     bad = _bench_file(tmp_path / "bad.json", metrics={"item_ms": {"value": -1.0}})
     check_failure(invoke(capsys, *start, "--measured", bad), 2, "--measured .*no measure")
     (tmp_path / "no.json").write_text('{"x": 1}', encoding="utf-8")

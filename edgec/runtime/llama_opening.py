@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import os
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from edgec.errors import CheckpointError
+from edgec.errors import CheckpointError, RuntimeUnavailableError
 
 logger = logging.getLogger(__name__)
 
@@ -34,22 +35,43 @@ def model_params(lib: Any, *, vocab_only: bool = False, gpu: int | None = None) 
     params = lib.llama_model_default_params()
     params.vocab_only = vocab_only
     params.n_gpu_layers = 0 if gpu is None else _ALL_LAYERS
-    # Devices are always named: without a list, a build for GPUs sends long prompts to one, layers there or not, and
-    # numbers them otherwise than ggml does.
-    listed = [] if gpu is None else [_gpu(gpu)]
-    params.kept = devices = (ctypes.c_void_p * (len(listed) + 1))(*listed, None)  # as long as the parameters live
-    params.devices = ctypes.addressof(devices)
-    if gpu is not None:
-        params.split_mode, params.main_gpu = lib.LLAMA_SPLIT_MODE_NONE, 0
+    if gpu is None:
+        # Without a list, a build for GPUs sends long prompts to one though no layer lies there.
+        _name_devices(params)
+    else:
+        params.split_mode, params.main_gpu = lib.LLAMA_SPLIT_MODE_NONE, gpu
+        if (handle := _handle(gpu)) is not None:
+            params.main_gpu = 0
+            _name_devices(params, handle)
+        elif not lib.llama_supports_gpu_offload():
+            raise RuntimeUnavailableError("this llama-cpp-python was built without a back end for GPUs")
     if not vocab_only and uses_amx(lib):  # a vocabulary multiplies nothing, so there is nothing to warn of
         params.use_extra_bufts = False
     return params
 
 
-def _gpu(number: int) -> int:
-    """ggml's handle of a GPU. Raises RuntimeUnavailableError."""
-    from edgec.runtime.ggml.tensors import gpu_device  # which opens ggml through `llama_cpp`, which imports this file
+def _name_devices(params: Any, *handles: int) -> None:
+    """The devices that llama.cpp may use beside the processor."""
+    params.kept = devices = (ctypes.c_void_p * (len(handles) + 1))(*handles, None)  # as long as the parameters live
+    params.devices = ctypes.addressof(devices)
 
+
+def _handle(number: int) -> int | None:
+    """ggml's handle of a GPU, because llama.cpp numbers them otherwise where one has two drivers; None where ggml cannot
+    be reached beside llama.cpp (Windows, libraries of one's own), whose numbers count then. Raises
+    RuntimeUnavailableError where ggml has no such GPU.
+    """
+    # Here, because both open ggml through `llama_cpp`, which imports this file.
+    from edgec.runtime.ggml.library import library
+    from edgec.runtime.ggml.tensors import gpu_device
+
+    if os.environ.get("LLAMA_CPP_LIB_PATH"):
+        return None
+    try:
+        library()
+    except RuntimeUnavailableError as error:
+        logger.debug("llama.cpp's own numbers of GPUs: %s", error)
+        return None
     return gpu_device(number)
 
 

@@ -33,9 +33,10 @@ def _product(value: ir.Value | None) -> ir.Node | None:
     return node if len(value.uses()) == 1 and not value.is_graph_output() else None
 
 
-def _columns(product: ir.Node) -> object:
+def _columns(product: ir.Node) -> int | None:
+    """Of its output, where the graph knows."""
     shape = product.outputs[0].shape
-    return None if shape is None else shape[-1]
+    return shape[-1] if shape is not None and isinstance(shape[-1], int) else None
 
 
 def _from_sum(graph: ir.Graph, node: ir.Node) -> int:
@@ -45,7 +46,7 @@ def _from_sum(graph: ir.Graph, node: ir.Node) -> int:
         return 0
     product, width = products[0], _columns(products[0])
     biases = [v for v in node.inputs if v is not None and v.shape is not None and list(v.shape) == [width]]
-    if len(biases) != 1:
+    if width is None or len(biases) != 1:
         return 0
     total = _biased(graph, product, biases[0])
     rest = [value for value in node.inputs if value is not biases[0] and value is not product.outputs[0]]
@@ -64,12 +65,12 @@ def _from_attention(graph: ir.Graph, node: ir.Node) -> int:
     products = [product for value in node.inputs[:3] if (product := _product(value)) is not None]
     if bias is None or bias.const_value is None or len(products) < 3:
         return 0
-    widths = [width for product in products if isinstance(width := _columns(product), int)]
+    widths = [width for product in products if (width := _columns(product)) is not None]
     whole = bias.const_value.numpy()
     if len(widths) < 3 or whole.shape != (sum(widths),):
         return 0
     for place, part in enumerate(np.split(whole, np.cumsum(widths)[:-1])):
-        tensor = ir.Tensor(np.ascontiguousarray(part), name=f"{bias.name}.{'qkv'[place]}")
+        tensor = ir.Tensor(np.ascontiguousarray(part), name=f"{products[place].name}/bias")  # layers may share `bias`
         value = ir.Value(name=tensor.name, const_value=tensor, shape=ir.Shape(part.shape), type=bias.type)
         graph.register_initializer(value)
         node.replace_input_with(place, _biased(graph, products[place], value))

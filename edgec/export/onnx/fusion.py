@@ -7,7 +7,8 @@ into one weight, and its FusedMatMul rules may swallow a linear's MatMul. The lo
 onnxruntime's SkipLayerNormalization is not used: on x86-64 it runs element by element. One Sum of residual, product and
 bias, and a LayerNormalization, which is vectorised, take a quarter of its time (MiniLM, batches of 32, one thread of a
 Xeon: 87 µs a sentence for all twelve against 343; onnxruntime 1.31). It has to be a Sum: onnxruntime itself makes the
-slow operator of Add and LayerNormalization. On arm64 it is the same source, but no hardware was at hand to measure it.
+slow operator of Add and LayerNormalization. (An int8 product adds its bias itself, see `biases`: two are left to sum.)
+On arm64 it is the same source, but no hardware was at hand to measure it.
 """
 
 from __future__ import annotations

@@ -91,14 +91,17 @@ def _pack(graph: ir.Graph, products: list[ir.Node], attention: ir.Node | None) -
     name = f"{first.name}.packed"
     nodes: list[ir.Node] = []
     rows = [node.attributes["N"].as_int() for node in products]
-    operands = [_joined(graph, [node.inputs[k] for node in products], nodes) for k in range(1, len(first.inputs))]
+    operands = [
+        _joined(graph, f"{name}/input_{k}", [node.inputs[k] for node in products], nodes)
+        for k in range(1, len(first.inputs))
+    ]
     attributes = {key: first.attributes[key].as_int() for key in _SAME} | {"N": sum(rows)}
     nodes.append(ir.node("MatMulNBits", [first.inputs[0], *operands], attributes, domain=MICROSOFT, name=name))
+    packed = _named(nodes[-1])
     if biases[0] is not None:
-        nodes.append(ir.node("Add", [nodes[-1].outputs[0], _joined(graph, biases, nodes)], name=f"{name}/Add"))
-    packed = nodes[-1].outputs[0]
-    for node in nodes[-2:] if biases[0] is not None else nodes[-1:]:
-        node.outputs[0].name, node.outputs[0].type = f"{node.name}/output_0", ir.TensorType(ir.DataType.FLOAT)
+        summands = [packed, _joined(graph, f"{name}/bias", biases, nodes)]
+        nodes.append(ir.node("Add", summands, name=f"{name}/Add"))
+        packed = _named(nodes[-1])
     if attention is not None:
         graph.insert_before(first, nodes)
         attention.replace_input_with(0, packed)
@@ -113,14 +116,20 @@ def _pack(graph: ir.Graph, products: list[ir.Node], attention: ir.Node | None) -
         old.replace_all_uses_with(new)
 
 
-def _joined(graph: ir.Graph, values: list[ir.Value | None], nodes: list[ir.Node]) -> ir.Value:
+def _named(node: ir.Node) -> ir.Value:
+    """The output of a node of floats, called after it."""
+    output: ir.Value = node.outputs[0]
+    output.name, output.type = f"{node.name}/output_0", ir.TensorType(ir.DataType.FLOAT)
+    return output
+
+
+def _joined(graph: ir.Graph, name: str, values: list[ir.Value | None], nodes: list[ir.Node]) -> ir.Value:
     """Operands one under the other, behind a Cast in `nodes` where they were behind one. Their bytes are put together
     when the file is written, so that a large model is not held twice.
     """
     parts = [_stored(value) for value in values]
     tensors = [part.const_value for part in parts if part.const_value is not None]
     shape = ir.Shape([sum(int(t.shape.numpy()[0]) for t in tensors), *tensors[0].shape.numpy()[1:]])
-    name = f"{parts[0].name}.packed"
 
     def join() -> ir.TensorProtocol:
         return ir.Tensor(np.concatenate([t.numpy() for t in tensors]), name=name)
@@ -128,9 +137,8 @@ def _joined(graph: ir.Graph, values: list[ir.Value | None], nodes: list[ir.Node]
     value = _constant(graph, ir.LazyTensor(join, dtype=tensors[0].dtype, shape=shape, name=name))
     if parts[0] is values[0]:
         return value
-    nodes.append(ir.node("Cast", [value], {"to": ir.DataType.FLOAT}))
-    nodes[-1].outputs[0].name = f"{name}/Cast"
-    return nodes[-1].outputs[0]
+    nodes.append(ir.node("Cast", [value], {"to": ir.DataType.FLOAT}, name=f"{name}/Cast"))
+    return _named(nodes[-1])
 
 
 def _constant(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:

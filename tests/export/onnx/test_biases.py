@@ -102,16 +102,19 @@ MODELS: dict[str, Callable[[], Any]] = {
 }
 
 
+@pytest.mark.parametrize("spread", [0.1, 0.0])
 @pytest.mark.parametrize("name", MODELS)
 def test_attention_adds_none_where_its_three_products_do(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, spread: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same numbers as where every bias stays where torch has it, and none is left there."""
+    """The same numbers as where every bias stays where torch has it, and none is left there; also where all layers
+    share one constant, as equal ones do.
+    """
     torch.manual_seed(0)
     model = MODELS[name]().eval()
     with torch.no_grad():
         for parameter in (p for key, p in model.named_parameters() if key.endswith("bias")):
-            parameter.normal_(std=0.1)
+            parameter.normal_(std=spread)
 
     def exported(absorb: Callable[[ir.Graph], int]) -> ir.Model:
         monkeypatch.setattr(lowering, "absorb_biases", absorb)
