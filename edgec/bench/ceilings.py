@@ -1,4 +1,4 @@
-"""A device's ceilings, asked before and after a bench, and how near each causal LM comes to the one that its decoding has.
+"""A device's ceilings, asked before and after a bench, and how near each causal LM comes to that of its decoding.
 
 The worker measures (`edgec.bench.roofline`); here its job is made, its answer is read, and the artifact's own bytes
 (`edgec.bench.reads`) are put beside it. A roofline from a data sheet was turned down: what a virtual machine or a phone
