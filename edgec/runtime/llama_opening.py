@@ -57,9 +57,9 @@ def _name_devices(params: Any, *handles: int) -> None:
 
 
 def _handle(number: int) -> int | None:
-    """ggml's handle of a GPU, because llama.cpp numbers them otherwise where one has two drivers; None where ggml is out
-    of reach (Windows, libraries of one's own), and llama.cpp's numbers count. Raises RuntimeUnavailableError where ggml
-    has no such GPU.
+    """ggml's handle of a GPU, because llama.cpp numbers them otherwise where one has two drivers; None where ggml is
+    out of reach (Windows, libraries of one's own), and llama.cpp's numbers count. Raises RuntimeUnavailableError where
+    ggml has no such GPU.
     """
     # Here, because both open ggml through `llama_cpp`, which imports this file.
     from edgec.runtime.ggml.library import library
