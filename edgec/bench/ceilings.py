@@ -41,8 +41,8 @@ class Ceilings:
 
     def or_higher(self, other: Ceilings) -> Ceilings:
         """The higher of each: what was reached once can be reached. What `other` could not find does not count."""
-        names = [*self.values, *(name for name in other.values if name not in self.values)]
-        best = {name: max(found[name] for found in (self.values, other.values) if name in found) for name in names}
+        names = {**self.values, **other.values}
+        best = {name: max(self.values.get(name, 0.0), other.values.get(name, 0.0)) for name in names}
         return Ceilings(best, "" if best else self.problem)
 
 

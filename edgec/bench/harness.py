@@ -19,7 +19,7 @@ from edgec.bench import ceilings
 from edgec.bench.devices import Device, open_device
 from edgec.bench.jobs import METRICS, TAILS, Answers, Job
 from edgec.bench.reads import Reads, reads_of
-from edgec.bench.sizes import artifact_bytes
+from edgec.bench.sizes import artifact_bytes, holds_gguf
 from edgec.bench.text import sentences
 from edgec.errors import BenchError, EdgecError, UsageError
 from edgec.gguf_header import is_gguf
@@ -59,8 +59,7 @@ class Contestant:
 
     @property
     def is_gguf(self) -> bool:
-        """One GGUF file, or a folder with one."""
-        return is_gguf(self.folder) or any(self.folder.glob("*.gguf"))
+        return holds_gguf(self.folder)
 
 
 @dataclass(frozen=True)

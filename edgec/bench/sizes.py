@@ -6,10 +6,16 @@ from pathlib import Path
 
 from edgec.bench.jobs import PEER_FILE
 from edgec.errors import BenchError
+from edgec.gguf_header import is_gguf
 from edgec.runtime.layout import inside, is_compressed, optional_json
 
 MODEL_FILES = ("model.onnx", "model.gguf", "model.factored.gguf")
 ADAPTER_FILE = "adapter.gguf"
+
+
+def holds_gguf(path: Path) -> bool:
+    """One GGUF file, or a folder with one."""
+    return is_gguf(path) or any(path.glob("*.gguf"))
 
 
 def model_file(folder: Path) -> Path:

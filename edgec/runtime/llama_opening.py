@@ -19,6 +19,12 @@ _NO_AMX = "CFLAGS=-mno-amx-int8 CXXFLAGS=-mno-amx-int8"
 """What leaves the AMX code out, for GCC and Clang on x86-64; the Makefile has the same."""
 
 
+FOR_GPUS = (
+    "build it with one: CMAKE_ARGS=-DGGML_CUDA=on (or GGML_VULKAN, GGML_METAL) pip install --force-reinstall "
+    "--no-cache-dir --no-deps llama-cpp-python"
+)
+
+
 def open_model(lib: Any, path: Path, *, vocab_only: bool = False, gpu: int | None = None) -> Any:
     """llama.cpp's pointer to a model. gpu: see RuntimeOptions. Raises CheckpointError, RuntimeUnavailableError."""
     params = model_params(lib, vocab_only=vocab_only, gpu=gpu)
@@ -39,12 +45,12 @@ def model_params(lib: Any, *, vocab_only: bool = False, gpu: int | None = None) 
         # Without a list, a build for GPUs sends long prompts to one though no layer lies there.
         _name_devices(params)
     else:
-        params.split_mode, params.main_gpu = lib.LLAMA_SPLIT_MODE_NONE, gpu
-        if (handle := _handle(gpu)) is not None:
-            params.main_gpu = 0
+        handle = _handle(gpu)
+        params.split_mode, params.main_gpu = lib.LLAMA_SPLIT_MODE_NONE, gpu if handle is None else 0
+        if handle is not None:
             _name_devices(params, handle)
         elif not lib.llama_supports_gpu_offload():
-            raise RuntimeUnavailableError("this llama-cpp-python was built without a back end for GPUs")
+            raise RuntimeUnavailableError(f"this llama-cpp-python has no GPU back end; {FOR_GPUS}")
     if not vocab_only and uses_amx(lib):  # a vocabulary multiplies nothing, so there is nothing to warn of
         params.use_extra_bufts = False
     return params

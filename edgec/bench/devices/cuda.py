@@ -14,16 +14,16 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
-import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
+from edgec.bench.devices import _gpu
 from edgec.bench.devices._limits import HostLimits
 from edgec.bench.devices.local import LocalDevice, run_worker
 from edgec.bench.jobs import Job
-from edgec.errors import BenchError, EdgecError, UsageError
-from edgec.runtime.options import MAX_GPU, import_genai, import_onnxruntime
+from edgec.errors import BenchError, EdgecError
+from edgec.runtime.options import import_genai, import_onnxruntime
 from edgec.subprocesses import Finished, run
 
 PLUGIN = True
@@ -35,9 +35,7 @@ _TIMEOUT_S = 30.0
 
 def create(argument: str) -> CudaDevice:
     """Raises UsageError for what names no GPU, BenchError where the driver lists none of that number."""
-    if not re.fullmatch(r"\d{0,2}", argument) or int(argument or 0) > MAX_GPU:
-        raise UsageError(f"device 'cuda:{argument}': expected cuda, or cuda:N for GPU number N of this machine")
-    return CudaDevice(int(argument or 0))
+    return CudaDevice(_gpu.number("cuda", argument))
 
 
 def needs() -> tuple[str, ...]:
@@ -61,18 +59,16 @@ class CudaDevice(LocalDevice):
         self.name = f"cuda:{number}"
         self.notes = (
             "this kind of device has not been tried on hardware yet",
-            "peak RAM is the process's; what lies in the GPU's own memory is not in it",
+            *_gpu.NOTES,
             "quality is the CPU's, of a compressed folder in float32",
         )
 
     def describe(self) -> dict[str, str]:
-        host = super().describe()
         return {
             "processor": f"{self._name} (CUDA)",
             "memory": f"{self._memory} on the GPU",
-            "host": f"{host['processor']}, {host['cores']}, {host['memory']}",
             "system": f"{platform.system()}, driver {self._driver}",
-            "python": host["python"],
+            **_gpu.host(super().describe()),
         }
 
     def measure(self, job: Job, *, timeout_s: float, on_line: Callable[[bytes], bool]) -> Finished:

@@ -13,13 +13,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from edgec.bench.devices import _gpu
 from edgec.bench.devices._limits import HostLimits
 from edgec.bench.devices.local import LocalDevice
 from edgec.bench.jobs import Job
-from edgec.errors import BenchError, EdgecError, UsageError
-from edgec.gguf_header import is_gguf
+from edgec.bench.sizes import holds_gguf
+from edgec.errors import BenchError, EdgecError
 from edgec.runtime.ggml.tensors import Gpu, gpus
-from edgec.runtime.options import MAX_GPU
 from edgec.subprocesses import Finished
 
 PLUGIN = True
@@ -31,9 +31,7 @@ _SOFTWARE = re.compile(r"llvmpipe|lavapipe|swiftshader", re.IGNORECASE)
 
 def create(argument: str) -> VulkanDevice:
     """Raises UsageError for what names no GPU, BenchError where ggml lists none of that number."""
-    if not re.fullmatch(r"\d{0,2}", argument) or int(argument or 0) > MAX_GPU:
-        raise UsageError(f"device 'vulkan:{argument}': expected vulkan, or vulkan:N for GPU number N of this machine")
-    return VulkanDevice(int(argument or 0))
+    return VulkanDevice(_gpu.number("vulkan", argument))
 
 
 def needs() -> tuple[str, ...]:
@@ -57,26 +55,18 @@ class VulkanDevice(LocalDevice):
         if number >= len(found):
             told = ", ".join(gpu.description for _, gpu in found) or "none"
             raise BenchError(f"device 'vulkan:{number}': ggml lists no such GPU ({told}); it needs {_BUILD}")
-        self._number, self._gpu = found[number]
+        self._number, self._card = found[number]
         self.name = f"vulkan:{number}"
-        self.notes: tuple[str, ...] = (
-            "peak RAM is the process's; what lies in the GPU's own memory is not in it",
-            "quality is the CPU's",
-        )
-        if _SOFTWARE.search(self._gpu.description):
+        self.notes: tuple[str, ...] = (*_gpu.NOTES, "quality is the CPU's")
+        if _SOFTWARE.search(self._card.description):
             self.notes += ("a software driver: these are times of the processor, not of a GPU",)
 
     def describe(self) -> dict[str, str]:
-        host = super().describe()
-        return {
-            "processor": f"{self._gpu.description} (Vulkan)",
-            "host": f"{host['processor']}, {host['cores']}, {host['memory']}",
-            "system": platform.system(),
-            "python": host["python"],
-        }
+        around = _gpu.host(super().describe())
+        return {"processor": f"{self._card.description} (Vulkan)", "system": platform.system(), **around}
 
     def measure(self, job: Job, *, timeout_s: float, on_line: Callable[[bytes], bool]) -> Finished:
         folder = Path(job.folder)
-        if not (is_gguf(folder) or any(folder.glob("*.gguf"))):
+        if not holds_gguf(folder):
             raise BenchError(f"{folder.name}: {self.name} runs GGUF artifacts; export with --target gguf")
         return super().measure(replace(job, gpu=self._number), timeout_s=timeout_s, on_line=on_line)

@@ -1,8 +1,9 @@
 """Biases that int8 products add themselves, in the pass that scales their int32 results.
 
 Elsewhere a bias costs passes over a whole batch: onnxruntime adds three summands as two sums, and its attention copies
-query, key and value once more to add their biases. MatMulIntegerToFloat takes one for nothing. BiasGelu, which adds in
-the pass that it makes anyway, keeps its own.
+query, key and value once more to add their biases. In MatMulIntegerToFloat one costs about half of that (MiniLM, in
+batches of 32: 27.2 instead of 27.5 ms on one thread, 19.2 instead of 19.7 on two). BiasGelu, which adds in the
+pass that it makes anyway, keeps its own.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from edgec.export.onnx.graph import MICROSOFT
+from edgec.export.onnx.graph import MICROSOFT, constant
 from edgec.export.onnx.int8_products import BIAS
 
 
@@ -48,14 +49,10 @@ def _from_sum(graph: ir.Graph, node: ir.Node) -> int:
     biases = [v for v in node.inputs if v is not None and v.shape is not None and list(v.shape) == [width]]
     if width is None or len(biases) != 1:
         return 0
-    total = _biased(graph, product, biases[0])
-    rest = [value for value in node.inputs if value is not biases[0] and value is not product.outputs[0]]
-    if rest:
-        left = ir.node(node.op_type, [total, *rest], name=node.name)
-        graph.insert_before(node, left)
-        total = left.outputs[0]
-    _replace(graph, node, node.outputs[0], total)
-    graph.remove(product, safe=True)
+    made = [_biased(product, biases[0])]
+    if rest := [value for value in node.inputs if value is not biases[0] and value is not product.outputs[0]]:
+        made.append(ir.node(node.op_type, [made[0].outputs[0], *rest], name=node.name))
+    ir.convenience.replace_nodes_and_values(graph, node, [node, product], made, node.outputs, made[-1].outputs)
     return 1
 
 
@@ -69,28 +66,16 @@ def _from_attention(graph: ir.Graph, node: ir.Node) -> int:
     whole = bias.const_value.numpy()
     if len(widths) < 3 or whole.shape != (sum(widths),):
         return 0
-    for place, part in enumerate(np.split(whole, np.cumsum(widths)[:-1])):
-        tensor = ir.Tensor(np.ascontiguousarray(part), name=f"{products[place].name}/bias")  # layers may share `bias`
-        value = ir.Value(name=tensor.name, const_value=tensor, shape=ir.Shape(part.shape), type=bias.type)
-        graph.register_initializer(value)
-        node.replace_input_with(place, _biased(graph, products[place], value))
-        graph.remove(products[place], safe=True)
+    for product, part in zip(products, np.split(whole, np.cumsum(widths)[:-1]), strict=True):
+        own = constant(ir.Tensor(np.ascontiguousarray(part), name=f"{product.name}/bias"))  # layers may share `bias`
+        graph.register_initializer(own)
+        made = _biased(product, own)
+        ir.convenience.replace_nodes_and_values(graph, product, [product], [made], product.outputs, made.outputs)
     node.replace_input_with(3, None)
     return 3
 
 
-def _biased(graph: ir.Graph, product: ir.Node, bias: ir.Value) -> ir.Value:
-    """A twin of the product that adds the bias; its output."""
+def _biased(product: ir.Node, bias: ir.Value) -> ir.Node:
+    """A twin of the product that adds the bias."""
     inputs = [*product.inputs, *[None] * (BIAS - len(product.inputs)), bias]
-    made = ir.node(product.op_type, inputs, domain=MICROSOFT, name=product.name)
-    graph.insert_before(product, made)
-    old, new = product.outputs[0], made.outputs[0]
-    new.shape, new.type, new.name = old.shape, old.type, f"{old.name}/biased"
-    return new
-
-
-def _replace(graph: ir.Graph, node: ir.Node, old: ir.Value, new: ir.Value) -> None:
-    new.shape, new.type, name = old.shape, old.type, old.name
-    ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
-    old.name, new.name = f"{name}/without", name
-    graph.remove(node, safe=True)
+    return ir.node(product.op_type, inputs, domain=MICROSOFT, name=product.name)

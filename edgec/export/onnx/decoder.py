@@ -25,7 +25,7 @@ from edgec.errors import CheckpointError, EdgecError, ExportError, UsageError
 from edgec.export.onnx.decoder_files import make_genai_config, write_tokenizer
 from edgec.export.onnx.decoder_support import FAMILIES, architecture, check_supported, local_layers
 from edgec.export.onnx.genai_builder import builders, patched, printing_to_log, small_tensors_to_fp32
-from edgec.export.onnx.graph import DenseGraph
+from edgec.export.onnx.graph import DenseGraph, constant
 from edgec.export.onnx.rotary import context_limit
 from edgec.runtime.layout import FIRST_LOGITS
 
@@ -152,8 +152,7 @@ def select_positions(model: ir.Model, head: ir.Node) -> None:
 
 def _number(name: str, value: int) -> ir.Value:
     """An int64 constant of shape [1]."""
-    tensor = ir.tensor(np.array([value], np.int64), name=name)
-    return ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape([1]), const_value=tensor)
+    return constant(ir.tensor(np.array([value], np.int64), name=name))
 
 
 def share_tied_table(graph: DecoderGraph) -> bool:

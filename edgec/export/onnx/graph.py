@@ -15,6 +15,12 @@ MICROSOFT = "com.microsoft"
 """The domain of onnxruntime's own operators."""
 
 
+def constant(tensor: ir.TensorProtocol) -> ir.Value:
+    """An initializer of that tensor's name, which a graph does not have yet."""
+    shape, kind = ir.Shape(tensor.shape.numpy()), ir.TensorType(tensor.dtype)
+    return ir.Value(name=tensor.name, const_value=tensor, shape=shape, type=kind)
+
+
 @dataclass(frozen=True)
 class DenseGraph:
     """A dense fp32 graph in memory, with its nodes mapped to the transformers modules they came from.

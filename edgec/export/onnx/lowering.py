@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from edgec.contraction import run
 from edgec.errors import ExportError
 from edgec.export.onnx.biases import absorb_biases
-from edgec.export.onnx.graph import MICROSOFT, DenseGraph
+from edgec.export.onnx.graph import MICROSOFT, DenseGraph, constant
 from edgec.export.onnx.int8_products import Int8Products, smoothing, takes
 from edgec.fit import Core, Factors
 from edgec.quantize.formats import QuantizedTensor
@@ -144,9 +144,7 @@ class OnnxOps:
 
     def _constant(self, name: str, array: NDArray[Any]) -> ir.Value:
         full = f"{self.prefix}/{name}"
-        value = ir.Value(name=full, const_value=ir.Tensor(np.ascontiguousarray(array), name=full))
-        assert value.const_value is not None
-        value.shape, value.dtype = ir.Shape(array.shape), value.const_value.dtype
+        value = constant(ir.Tensor(np.ascontiguousarray(array), name=full))
         self.initializers.append(value)
         return value
 

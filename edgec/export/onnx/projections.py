@@ -1,10 +1,12 @@
 """Products of one input and one number format as one product.
 
-A product costs a decoder two waits of all threads and a rounding of its input to int8, whatever its size; of a small
-model query, key and value, gate and up are a fifth of a step. Their codes are laid one under the other: the same
-numbers, bit for bit, and the same bytes. onnxruntime's attention takes its three packed in one tensor. The others (gate
-and up, first cores of factored layers) are taken apart by a Split, which copies them: nothing for a token, but a long
-prompt's are held twice meanwhile, so large products, which gain least, stay apart.
+A product costs a decoder two waits of all threads and a rounding of its input to int8, whatever its size, which a small
+model notices. (One of 5.8 M parameters in int4, two threads, in one process: 5,656 tokens/s instead of 5,519 with gate
+and up packed too.) Their codes are laid one under the other: the same numbers, bit for bit, and the same bytes.
+
+onnxruntime's attention takes its three packed in one tensor. The others (gate and up, first cores of factored layers)
+are taken apart by a Split, which copies them: nothing for a token, but a long prompt's are held twice meanwhile, so
+large products, which gain least, stay apart.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from edgec.export.onnx.graph import MICROSOFT
+from edgec.export.onnx.graph import MICROSOFT, constant
 from edgec.export.onnx.lowering import drop_unused
 
 _SAME = ("K", "bits", "block_size", "accuracy_level")
@@ -108,7 +110,8 @@ def _pack(graph: ir.Graph, products: list[ir.Node], attention: ir.Node | None) -
         for place in (1, 2):
             attention.replace_input_with(place, None)
         return
-    sizes = _constant(graph, ir.tensor(np.array(rows, np.int64), name=f"{name}/sizes"))
+    sizes = constant(ir.tensor(np.array(rows, np.int64), name=f"{name}/sizes"))
+    graph.register_initializer(sizes)
     nodes.append(ir.node("Split", [packed, sizes], {"axis": -1}, num_outputs=len(rows), name=f"{name}/Split"))
     graph.insert_before(first, nodes)
     for old, new in zip(ends, nodes[-1].outputs, strict=True):
@@ -134,16 +137,9 @@ def _joined(graph: ir.Graph, name: str, values: list[ir.Value | None], nodes: li
     def join() -> ir.TensorProtocol:
         return ir.Tensor(np.concatenate([t.numpy() for t in tensors]), name=name)
 
-    value = _constant(graph, ir.LazyTensor(join, dtype=tensors[0].dtype, shape=shape, name=name))
+    value = constant(ir.LazyTensor(join, dtype=tensors[0].dtype, shape=shape, name=name))
+    graph.register_initializer(value)
     if parts[0] is values[0]:
         return value
     nodes.append(ir.node("Cast", [value], {"to": ir.DataType.FLOAT}, name=f"{name}/Cast"))
     return _named(nodes[-1])
-
-
-def _constant(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
-    value = ir.Value(
-        name=tensor.name, const_value=tensor, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(tensor.dtype)
-    )
-    graph.register_initializer(value)
-    return value

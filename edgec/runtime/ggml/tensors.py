@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from edgec.errors import CheckpointError, RuntimeUnavailableError
 from edgec.runtime.ggml.library import CPU, GPU, I32, INTEGRATED_GPU, MAX_DIMS, InitParams, Library, TensorHead, library
+from edgec.runtime.llama_opening import FOR_GPUS
 
 logger = logging.getLogger(__name__)
 
@@ -122,9 +123,8 @@ def gpu_device(number: int) -> int:
     if number < len(found):
         return found[number]
     raise RuntimeUnavailableError(
-        f"this llama-cpp-python has {len(found)} GPUs and was asked for number {number}; build it with a back end for "
-        "them: CMAKE_ARGS=-DGGML_CUDA=on (or GGML_VULKAN, GGML_METAL) pip install --force-reinstall --no-cache-dir "
-        "--no-deps llama-cpp-python"
+        f"this llama-cpp-python has {len(found)} GPUs and was asked for number {number}; without a back end for GPUs, "
+        f"{FOR_GPUS}"
     )
 
 
