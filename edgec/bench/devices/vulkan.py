@@ -25,7 +25,10 @@ from edgec.subprocesses import Finished
 PLUGIN = True
 USAGE = "vulkan, vulkan:1"
 
-_BUILD = "a llama-cpp-python with Vulkan: CMAKE_ARGS=-DGGML_VULKAN=on pip install --no-cache-dir llama-cpp-python"
+_BUILD = (
+    "a llama-cpp-python with Vulkan: CMAKE_ARGS=-DGGML_VULKAN=on pip install --force-reinstall --no-cache-dir --no-deps "
+    "llama-cpp-python"
+)
 _SOFTWARE = re.compile(r"llvmpipe|lavapipe|swiftshader", re.IGNORECASE)
 
 
