@@ -26,8 +26,8 @@ PLUGIN = True
 USAGE = "vulkan, vulkan:1"
 
 _BUILD = (
-    "a llama-cpp-python with Vulkan: CMAKE_ARGS=-DGGML_VULKAN=on pip install --force-reinstall --no-cache-dir --no-deps "
-    "llama-cpp-python"
+    "a llama-cpp-python with Vulkan: CMAKE_ARGS=-DGGML_VULKAN=on pip install --force-reinstall --no-cache-dir "
+    "--no-deps llama-cpp-python"
 )
 _SOFTWARE = re.compile(r"llvmpipe|lavapipe|swiftshader", re.IGNORECASE)
 
