@@ -24,6 +24,11 @@ from edgec.export.onnx.int8_products import Int8Products, smoothing, takes
 from edgec.fit import Core, Factors
 from edgec.quantize.formats import QuantizedTensor
 
+_LARGE_TABLE = 1 << 20
+"""Scales from which a looked-up table keeps them in fp16 [count]. Behind a Cast onnxruntime would hold an fp32 copy of
+them all (33 of a 1B model's MB), and map none of the file's; the rows are cast instead, which small tables need not pay.
+"""
+
 
 class OnnxOps:
     """`edgec.contraction.Ops` that emits nodes. Values have `leading` axes that no step touches, then trailing ones."""
@@ -113,11 +118,12 @@ class OnnxOps:
         v, n = stored.shape
         if n % stored.fmt.block:
             raise ExportError(f"{self.prefix}: rows of {n} do not divide into blocks of {stored.fmt.block}")
-        data = self._constant(core + ".codes", stored.packed().reshape(v, -1))
-        inputs = [data, ids, self._float(core + ".scales", stored.scales)]
+        half = stored.scales.dtype == np.float16 and stored.scales.size >= _LARGE_TABLE
+        scales = (self._constant if half else self._float)(core + ".scales", stored.scales)
+        inputs = [self._constant(core + ".codes", stored.packed().reshape(v, -1)), ids, scales]
         if (zero_points := stored.packed_zero_points()) is not None:
             inputs.append(self._constant(core + ".zero_points", zero_points))
-        return self._node(
+        rows = self._node(
             "GatherBlockQuantized",
             inputs,
             domain=MICROSOFT,
@@ -127,6 +133,10 @@ class OnnxOps:
             bits=stored.fmt.bits,
             block_size=stored.fmt.block,
         )
+        if not half:
+            return rows
+        rows.dtype = ir.DataType.FLOAT16
+        return self._node("Cast", [rows], name=f"{core}.rows", to=ir.DataType.FLOAT)
 
     def add(self, x: ir.Value, y: ir.Value) -> ir.Value:
         return self._node("Add", [x, y])

@@ -90,6 +90,22 @@ def test_lookups_are_programs_too(kind: str, tmp_path: Path) -> None:
     np.testing.assert_allclose(run_graph(graph.model, tmp_path, ids), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("fmt", ["int4-b32", "int8-b32"])
+def test_a_large_table_s_scales_stay_in_the_file(fmt: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No Cast stands before them, which onnxruntime would compute at load and hold as fp32."""
+    factors = fit(weight(50, 64), Spec("dense"), CoreFormat.parse(fmt), role="embedding")
+    ids = np.array([[0, 49, 3], [3, 3, 7]])
+    expected = factors.dense()[ids]
+    for fewest, order in ((101, ["Cast", "GatherBlockQuantized"]), (100, ["GatherBlockQuantized", "Cast"])):
+        monkeypatch.setattr("edgec.export.onnx.lowering._LARGE_TABLE", fewest)
+        graph = table_graph(weight(50, 64))
+        lower(graph, {LAYER: factors}, accuracy_level=0)
+        assert ops(graph.model) == order
+        found = run_graph(graph.model, tmp_path / str(fewest), ids)
+        assert found.dtype == np.float32
+        np.testing.assert_allclose(found, expected, rtol=0 if order[0] == "Cast" else 2**-11, atol=1e-7)
+
+
 def test_batch_and_sequence_stay_dynamic(tmp_path: Path) -> None:
     graph = linear_graph(weight(64, 48))
     spec = Spec("tensor_train", (8, 4), ((64, 1), (1, 6), (1, 8)))
