@@ -32,7 +32,7 @@ Progress = Callable[[int, int, str], None]
 
 _EMPTY = "runtime_rss_bytes"
 """What a worker tells before it opens the artifact: nothing about that, by itself."""
-_ONCE = ("load_s", _EMPTY, "load_peak_rss_bytes", "peak_rss_bytes")
+_ONCE = ("load_s", _EMPTY, "load_peak_rss_bytes", "peak_rss_bytes", "mapped_rss_bytes")
 _GIVE_UP_AFTER = 2
 _DOUBT = 0.1
 """Probability that the true median is outside the interval that is printed."""

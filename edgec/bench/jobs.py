@@ -83,7 +83,8 @@ class Answers:
     """What a worker has said so far; filled line by line, so that a death midway keeps what came before.
 
     runtime_rss_bytes: the process with its runtime imported and nothing loaded. load_peak_rss_bytes: the peak when
-    the session is ready. peak_rss_bytes: the peak at the end. facts: versions and counts, for the row's settings.
+    the session is ready. peak_rss_bytes: the peak at the end. mapped_rss_bytes: pages of files that are resident then
+    and were not at first. facts: versions and counts, for the row's settings.
     context_rss: (prompt tokens, peak RSS in bytes of generating after them), a short prompt and a long one. ceilings:
     what a roofline job found, by name. remarks: what a device found out about this artifact, for the row's notes.
     """
@@ -93,6 +94,7 @@ class Answers:
     runtime_rss_bytes: int | None = None
     load_peak_rss_bytes: int | None = None
     peak_rss_bytes: int | None = None
+    mapped_rss_bytes: int | None = None
     context_rss: tuple[tuple[float, float], ...] = ()
     ceilings: dict[str, float] = field(default_factory=dict)
     facts: dict[str, str | float] = field(default_factory=dict)
@@ -146,6 +148,8 @@ class Answers:
             self.ceilings = {str(name)[:64]: _number(values, name) for name in values}
         elif kind == "done":
             self.peak_rss_bytes = int(_number(event, "peak_rss_bytes"))
+            if "mapped_rss_bytes" in event:
+                self.mapped_rss_bytes = int(_number(event, "mapped_rss_bytes"))
             self.done = True
         elif kind == "remark":
             if len(self.remarks) >= _MAX_REMARKS:

@@ -72,6 +72,7 @@ def measure(job: Job, say: Callable[..., None]) -> None:
     loader = loader_of(folder)
     versions = loader.prepare()
     meter, told = energy.find() if job.gpu is None else (None, "the GPU's is not measured")
+    files_before = file_pages()
     say("ready", runtime_rss_bytes=memory()[0], versions={**versions, "energy": told})
     started = time.perf_counter()
     options = RuntimeOptions(job.threads, cast(Any, job.spin), kv_cache=job.kv_cache, gpu=job.gpu)
@@ -98,10 +99,12 @@ def measure(job: Job, say: Callable[..., None]) -> None:
         metrics = sample(0.0 if warm else job.min_sample_s)
         if not warm:
             say("sample", metrics=metrics)
-    peak = memory()[1]
+    ended: dict[str, Any] = {"peak_rss_bytes": memory()[1]}
+    if (mapped := file_pages() - files_before) > 0:
+        ended["mapped_rss_bytes"] = mapped
     if model.task == CAUSAL_LM and job.long_prompt_tokens:
         _say_growth(cast(CausalLM, model), job, say)
-    say("done", peak_rss_bytes=peak)
+    say("done", **ended)
 
 
 def loader_of(folder: Path) -> Loader:
@@ -242,17 +245,31 @@ def memory() -> tuple[int, int]:
     Linux: VmRSS and VmHWM of /proc/self/status. `ru_maxrss` is not used there: it survives exec, so a worker that
     was started by a large process would report that process's peak.
     """
-    with contextlib.suppress(OSError):
-        status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
-        found = {k: v for k, _, v in (line.partition(":") for line in status) if k in ("VmRSS", "VmHWM")}
-        if len(found) == 2:
-            return int(found["VmRSS"].split()[0]) * 1024, int(found["VmHWM"].split()[0]) * 1024
+    status = _status()
+    if "VmRSS" in status and "VmHWM" in status:
+        return status["VmRSS"], status["VmHWM"]
     try:
         import resource
     except ImportError as error:
         raise BenchError("this platform does not tell a process its own memory") from error
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return peak, peak
+
+
+def file_pages() -> int:
+    """Pages of files among the resident set [bytes], which the system may drop and read again; 0 where it does not
+    tell.
+    """
+    return _status().get("RssFile", 0)
+
+
+def _status() -> dict[str, int]:
+    """The sizes in /proc/self/status [bytes] by name; nothing where there is no such file."""
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
+        sizes = (line.partition(":") for line in lines if line.endswith(" kB"))
+        return {name: int(size.split()[0]) * 1024 for name, _, size in sizes}
+    return {}
 
 
 def _hold_back(job: Job) -> None:

@@ -10,6 +10,8 @@ from edgec.records import Measurement, Spread
 
 MISSING = "–"
 _MAX_NAME = 160
+_WORTH_SAYING = 10_000_000
+"""Resident pages of files from which a row mentions them [bytes]: below, they are the runtime's code."""
 
 
 @dataclass(frozen=True)
@@ -159,7 +161,10 @@ def memory_line(row: Measurement) -> str:
         parts.append(f"{size(growth.value)} of RAM per 1000 tokens more")
     peak, empty = row.metrics.get("peak_rss_bytes"), row.metrics.get("runtime_rss_bytes")
     if parts and peak and empty and row.artifact_bytes:
-        parts.append(f"beyond the empty runtime {(peak.value - empty.value) / row.artifact_bytes:.2f} × the file")
+        mapped = row.metrics.get("mapped_rss_bytes")
+        dropped = f" ({size(mapped.value)} of it pages of files)" if mapped and mapped.value >= _WORTH_SAYING else ""
+        beyond = (peak.value - empty.value) / row.artifact_bytes
+        parts.append(f"beyond the empty runtime {beyond:.2f} × the file{dropped}")
     return "; ".join(parts)
 
 

@@ -33,11 +33,12 @@ def test_good_answers_are_collected() -> None:
         b'{"event": "ready", "runtime_rss_bytes": 5e6, "versions": {"onnxruntime": "1.31"}}',
         b'{"event": "loaded", "load_s": 0.5, "load_peak_rss_bytes": 9000000}',
         b'{"event": "sample", "metrics": {"ttft_ms": 3.5}}',
-        b'{"event": "done", "peak_rss_bytes": 10000000}',
+        b'{"event": "done", "peak_rss_bytes": 10000000, "mapped_rss_bytes": 4096}',
     ):
         assert answers.take(line, JOB), answers.problem
     assert answers.done and answers.load_s == 0.5 and answers.samples == [{"ttft_ms": 3.5}]
     assert answers.facts == {"onnxruntime": "1.31"} and answers.peak_rss_bytes == 10_000_000
+    assert answers.mapped_rss_bytes == 4096
 
 
 @pytest.mark.parametrize(

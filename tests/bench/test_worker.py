@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import shutil
 import sys
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 import edgec
 from edgec.bench import worker
@@ -37,7 +40,19 @@ def test_an_encoder_is_measured(encoder_folder: Path) -> None:
     assert len(answers.samples) == 2 and {"items_s", "item_ms"} <= set(answers.samples[0])
     assert answers.peak_rss_bytes and answers.runtime_rss_bytes and answers.load_s
     assert answers.peak_rss_bytes >= answers.runtime_rss_bytes > 1 << 20
+    assert answers.mapped_rss_bytes is not None and answers.mapped_rss_bytes < answers.peak_rss_bytes
     assert "onnxruntime" in answers.facts and answers.facts["sentence_tokens"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells whose pages are resident")
+def test_pages_of_files_are_told_apart(tmp_path: Path) -> None:
+    file, size = tmp_path / "mapped", 32 << 20
+    file.write_bytes(b"x" * size)
+    before = worker.file_pages()
+    with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        assert sum(mapped[:: mmap.PAGESIZE]) > 0  # every page is touched
+        found = worker.file_pages()
+    assert size <= found - before + (1 << 20) and found < worker.memory()[0]
 
 
 def test_a_causal_lm_is_measured(lm_folder: Path) -> None:

@@ -26,7 +26,8 @@ from edgec.quantize.formats import QuantizedTensor
 
 _LARGE_TABLE = 1 << 20
 """Scales from which a looked-up table keeps them in fp16 [count]. Behind a Cast onnxruntime would hold an fp32 copy of
-them all (33 of a 1B model's MB), and map none of the file's; the rows are cast instead, which small tables need not pay.
+them all (33 MB of a 1B model) instead of mapping the file's. The rows are cast instead, which
+small tables need not pay.
 """
 
 
