@@ -147,14 +147,20 @@ def use_float_activations(model: ir.Model) -> None:
     """Rewrite every product in place to x times the weights that its codes stand for, neither rounded to int8: what the
     graph is compared with torch by.
     """
-    for node in [n for n in model.graph if n.op_type == "MatMulIntegerToFloat"]:
+    for node in [n for n in model.graph if n.op_type in ("MatMulIntegerToFloat", "QAttention")]:
         q, w = node.inputs[0], node.inputs[1]
         quantised, unpacked = q.producer() if q else None, w.producer() if w else None
-        if quantised is None or unpacked is None or unpacked.domain != DOMAIN:
+        if quantised is None or unpacked is None:
             continue
-        new = [ir.node("MatMul", [quantised.inputs[0], w], name=node.name)]
-        if len(node.inputs) > BIAS:
-            new.append(ir.node("Add", [new[0].outputs[0], node.inputs[BIAS]]))
+        if node.op_type == "QAttention":  # see `attention`; its weights are three products' side by side
+            operands = [quantised.inputs[0], w, node.inputs[2], node.inputs[5]]
+            new = [ir.node("Attention", operands, domain=MICROSOFT, attributes=node.attributes, name=node.name)]
+        elif unpacked.domain != DOMAIN:
+            continue
+        else:
+            new = [ir.node("MatMul", [quantised.inputs[0], w], name=node.name)]
+            if len(node.inputs) > BIAS:
+                new.append(ir.node("Add", [new[0].outputs[0], node.inputs[BIAS]]))
         ir.convenience.replace_nodes_and_values(model.graph, node, [node], new, node.outputs, new[-1].outputs)
         if not any(output.uses() for output in quantised.outputs):
             model.graph.remove(quantised, safe=True)

@@ -3,7 +3,8 @@ plain rearrangement; where a target wants it, an encoder's products by int8 ones
 
 A pass over a `DenseGraph`. Requires: every planned layer's node is in the graph, its weight an initializer.
 Ensures: the node is gone, its dense weight too (unless another node still reads it), its output carries the same
-name and shape, or the sum with its bias does where an int8 product adds that (`biases`). The dense graph is consumed.
+name and shape, or the sum with its bias (`biases`) or its attention (`attention`) does where the int8 product is part of
+that. The dense graph is consumed.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 
 from edgec.contraction import run
 from edgec.errors import ExportError
+from edgec.export.onnx.attention import join_attentions
 from edgec.export.onnx.biases import absorb_biases
 from edgec.export.onnx.graph import MICROSOFT, DenseGraph, constant
 from edgec.export.onnx.int8_products import Int8Products, smoothing, takes
@@ -26,8 +28,8 @@ from edgec.quantize.formats import QuantizedTensor
 
 _LARGE_TABLE = 1 << 20
 """Scales from which a looked-up table keeps them in fp16 [count]. Behind a Cast onnxruntime would hold an fp32 copy of
-them all (33 MB of a 1B model) instead of mapping the file's. The rows are cast instead, which
-small tables need not pay.
+them all (33 MB of a 1B model) instead of mapping the file's; the rows are cast instead, which is
+not worth it for small tables.
 """
 
 
@@ -185,6 +187,7 @@ def lower(graph: DenseGraph, factors: Mapping[str, Factors], *, accuracy_level: 
         _replace(model, node, name, fitted, accuracy_level, shared, products)
     if products is not None:
         absorb_biases(model)
+        join_attentions(graph.model)
     drop_unused(model)
     if products is not None:
         model.sort()  # what products share was put before the first of them in the plan's order

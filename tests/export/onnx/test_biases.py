@@ -118,6 +118,7 @@ def test_attention_adds_none_where_its_three_products_do(
 
     def exported(absorb: Callable[[ir.Graph], int]) -> ir.Model:
         monkeypatch.setattr(lowering, "absorb_biases", absorb)
+        monkeypatch.setattr(lowering, "join_attentions", lambda model: 0)
         graph = export_encoder(model, "feature-extraction", pooling=None)
         state = model.state_dict()
         formats = CoreFormat.parse("int8-b32")
