@@ -3,8 +3,8 @@ plain rearrangement; where a target wants it, an encoder's products by int8 ones
 
 A pass over a `DenseGraph`. Requires: every planned layer's node is in the graph, its weight an initializer.
 Ensures: the node is gone, its dense weight too (unless another node still reads it), its output carries the same
-name and shape, or the sum with its bias (`biases`) or its attention (`attention`) does where the int8 product is part of
-that. The dense graph is consumed.
+name and shape, or the sum with its bias (`biases`) or the attention (`attention`) does that an int8 product became a
+part of. The dense graph is consumed.
 """
 
 from __future__ import annotations
