@@ -219,7 +219,7 @@ class Measurement:
     step_ms, step_p95_ms: one decode step, median and 95th percentile inside a process.
     items_s: encoders, sentences per second at the stated batch; item_ms, item_p95_ms the latency of a single sentence.
     peak_rss_bytes: of the whole process; runtime_rss_bytes: the same process with the runtime imported, nothing loaded.
-    mapped_rss_bytes: pages of files in it at the end, the runtime's own left out; the system may drop them.
+    mapped_rss_bytes: pages of files resident at the end, those from before loading left out; the system may drop them.
     rss_growth_bytes: peak RSS per 1000 further tokens of context. joules_token, joules_item: where the machine tells.
     artifact_bytes: model file and external data. kv_cache_bytes: keys and values of prompt and generated tokens.
     ceilings: of the device, `read_bytes_s` and `integer_op_s`. roofline: causal LMs whose files and device tell.

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -280,3 +281,48 @@ def test_a_killed_writer_of_a_file_is_swept(tmp_path: Path) -> None:
         temporary.write_text("again")
     assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
     assert path.read_text() == "again"
+
+
+@pytest.fixture
+def events(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Path]]:
+    """What is synced, and what gets another name (by its new one), in order."""
+    seen: list[tuple[str, Path]] = []
+    sync = os.fsync
+
+    def synced(handle: int) -> None:
+        seen.append(("sync", Path(os.readlink(f"/proc/self/fd/{handle}"))))  # noqa: PTH115 - the text, not the file
+        sync(handle)
+
+    def renaming(original: Callable[[Path, Path], Path]) -> Callable[[Path, Path], Path]:
+        def renamed(self: Path, target: Path) -> Path:
+            seen.append(("rename", target))
+            return original(self, target)
+
+        return renamed
+
+    monkeypatch.setattr(os, "fsync", synced)
+    for name in ("rename", "replace"):
+        monkeypatch.setattr(Path, name, renaming(getattr(Path, name)))
+    return seen
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc tells a handle's path")
+@pytest.mark.parametrize("force", [False, True])
+def test_a_folder_is_on_the_disk_before_it_has_its_name(
+    force: bool, tmp_path: Path, events: list[tuple[str, Path]]
+) -> None:
+    """Else a power loss could leave the name with empty files behind it."""
+    out = old_output(tmp_path / "out") if force else tmp_path / "out"
+    with staged_folder(out, force=force) as stage:
+        (stage / "sub").mkdir()
+        (stage / "sub" / "file").write_text("x")
+    at = events.index(("rename", out))
+    assert {path for kind, path in events[:at] if kind == "sync"} == {stage, stage / "sub", stage / "sub" / "file"}
+    assert ("sync", tmp_path) in events[at:]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc tells a handle's path")
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path: Path, events: list[tuple[str, Path]]) -> None:
+    with written_file(tmp_path / "plan.yaml") as temporary:
+        temporary.write_text("x")
+    assert events == [("sync", temporary), ("rename", tmp_path / "plan.yaml"), ("sync", tmp_path)]

@@ -18,12 +18,12 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from edgec.errors import BenchError
 from edgec.quantize.formats import CoreFormat
+from edgec.runtime.options import import_onnxruntime
 
 Sample = tuple[int, int, str, int, float]
 """(n, k, format, rows, ms): x [rows, k] → [rows, n] with a weight [n, k] in that format; ms of one node."""
@@ -124,6 +124,7 @@ def _time(session: Any, x: NDArray[np.float32]) -> float:
 
 
 def _session(model: onnx.ModelProto, threads: int, where: str) -> Any:
+    onnxruntime = import_onnxruntime()
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = 3

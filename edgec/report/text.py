@@ -162,9 +162,9 @@ def memory_line(row: Measurement) -> str:
     peak, empty = row.metrics.get("peak_rss_bytes"), row.metrics.get("runtime_rss_bytes")
     if parts and peak and empty and row.artifact_bytes:
         mapped = row.metrics.get("mapped_rss_bytes")
-        dropped = f" ({size(mapped.value)} of it pages of files)" if mapped and mapped.value >= _WORTH_SAYING else ""
-        beyond = (peak.value - empty.value) / row.artifact_bytes
-        parts.append(f"beyond the empty runtime {beyond:.2f} × the file{dropped}")
+        parts.append(f"beyond the empty runtime {(peak.value - empty.value) / row.artifact_bytes:.2f} × the file")
+        if mapped and mapped.value >= _WORTH_SAYING:
+            parts.append(f"at the end {size(mapped.value)} of the memory are pages of files")
     return "; ".join(parts)
 
 

@@ -40,7 +40,7 @@ def test_an_encoder_is_measured(encoder_folder: Path) -> None:
     assert len(answers.samples) == 2 and {"items_s", "item_ms"} <= set(answers.samples[0])
     assert answers.peak_rss_bytes and answers.runtime_rss_bytes and answers.load_s
     assert answers.peak_rss_bytes >= answers.runtime_rss_bytes > 1 << 20
-    assert answers.mapped_rss_bytes is not None and answers.mapped_rss_bytes < answers.peak_rss_bytes
+    assert (answers.mapped_rss_bytes or 0) < answers.peak_rss_bytes
     assert "onnxruntime" in answers.facts and answers.facts["sentence_tokens"]
 
 
@@ -48,10 +48,12 @@ def test_an_encoder_is_measured(encoder_folder: Path) -> None:
 def test_pages_of_files_are_told_apart(tmp_path: Path) -> None:
     file, size = tmp_path / "mapped", 32 << 20
     file.write_bytes(b"x" * size)
-    before = worker.file_pages()
+    before, shared = worker.file_pages(), worker._status()["RssShmem"]
     with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
         assert sum(mapped[:: mmap.PAGESIZE]) > 0  # every page is touched
         found = worker.file_pages()
+        if worker._status()["RssShmem"] - shared >= size:
+            pytest.skip("the temporary folder is in memory, and its files' pages are no file's")
     assert size <= found - before + (1 << 20) and found < worker.memory()[0]
 
 

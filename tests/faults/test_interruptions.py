@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import multiprocessing
 import os
 import re
 import resource
@@ -13,14 +14,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import killed_for_tests
 import pytest
-from command_for_tests import check_failure, finish, invoke, start, wait_for
+from command_for_tests import TIMEOUT_S, check_failure, finish, invoke, start, wait_for
 from models_for_tests import tree
 
-from edgec import pipeline
+from edgec import healing, pipeline
 from edgec.export.onnx import exporter
+from edgec.heal.settings import parse_heal
 from edgec.outputs import written_file
 from edgec.pipeline import exporting, stages
+from edgec.plan.refine import parse_search
 
 pytestmark = pytest.mark.slow
 
@@ -103,6 +107,45 @@ def test_a_killed_export_leaves_only_hidden_files_and_the_next_run_sweeps_them(
     assert set(left) != set(before), "killed too late to leave anything"
     assert invoke(capsys, *_words(lm_source, room / "out")).code == 0
     assert tree(room) == {"out": "dir", **{f"out/{name}": digest for name, digest in whole.items()}}
+
+
+def test_a_run_killed_at_any_stage_leaves_the_old_output_and_the_next_run_succeeds(
+    lm_source: Path, text_file: Path, room: Path, tmp_path: Path
+) -> None:
+    """Every stage that an export with a search and healing reports, in processes forked from one that has imported
+    edgec and run nothing.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["edgec.pipeline"])
+    told = tmp_path / "told"
+
+    def ends(out: Path, last: str = "") -> int | None:
+        request = pipeline.ExportRequest(
+            lm_source, "onnx-x64", out, budget="60%", calibration=text_file, force=True,
+            search=parse_search("greedy"), heal=parse_heal("2steps"),
+        )  # fmt: skip
+        process = context.Process(target=killed_for_tests.export, args=(request, told, last))
+        process.start()
+        try:
+            process.join(TIMEOUT_S)
+            return process.exitcode
+        finally:
+            process.kill()
+            process.join()
+
+    assert ends(tmp_path / "whole") == 0
+    every = told.read_text(encoding="utf-8").splitlines()
+    known = {"building the graph", "calibrating", "trying plans", "fitting", "healing", "writing", "verifying"}
+    assert known <= set(every)
+    before = tree(room)
+    for stage in every:
+        assert ends(room / "out", stage) == -signal.SIGKILL
+        left = tree(room)
+        assert {name: left[name] for name in before} == before, stage
+        assert all(name.startswith(".out.") for name in set(left) - set(before)), stage
+    assert ends(room / "out") == 0
+    assert [path.name for path in room.iterdir()] == ["out"]
+    assert tree(room / "out").keys() == tree(tmp_path / "whole").keys()
 
 
 def test_a_killed_healing_goes_on_where_it_was(
@@ -206,6 +249,16 @@ def test_memory_that_a_profile_cannot_have_is_told_before_it_is_measured(
     said = invoke(capsys, "profile", lm_source, "-o", tmp_path / "out")
     check_failure(said, 1, r"statistics of all layers need about 1000000\.0 GB .* are free; .*compress")
     assert not (tmp_path / "out").exists()
+
+
+def test_memory_that_healing_cannot_have_is_told_before_it_begins(
+    capsys: pytest.CaptureFixture[str], lm_source: Path, text_file: Path, room: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(healing, "_BYTES_PER_PARAMETER", 10**12)
+    before = tree(room)
+    said = invoke(capsys, *_words(lm_source, room / "out"), "--calibration", text_file, "--heal", "2steps")
+    check_failure(said, 1, r"healing needs about \d+\.\d GB of memory and .* are free; use --heal off")
+    assert tree(room) == before
 
 
 def test_out_of_memory_and_bugs_are_one_line_too(

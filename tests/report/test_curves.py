@@ -110,7 +110,7 @@ def test_the_terminal_and_markdown_say_what_a_token_reads() -> None:
     )
     held["mapped_rss_bytes"] = Spread(2e7, 2e7, 2e7, 3)
     assert text.memory_line(replace(full, metrics={**full.metrics, **held}, artifact_bytes=240)).endswith(
-        "1.25 × the file (20.0 MB of it pages of files)"
+        "1.25 × the file; at the end 20.0 MB of the memory are pages of files"
     )
     assert text.memory_line(row("b", metrics={}, roofline=None, kv_cache_bytes=0)) == ""
     assert "1.30 × (130 tok/s, 10.0 MB a token) | 3.00 MB (2.00 MB of RAM per 1000 tokens)" in to_markdown([row("a")])

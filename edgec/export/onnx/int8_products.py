@@ -31,6 +31,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from edgec.export.onnx.gelu import exact_gelus
 from edgec.export.onnx.graph import MICROSOFT
 from edgec.fit import Core
 from edgec.quantize.formats import QuantizedTensor
@@ -144,8 +145,8 @@ class Int8Products:
 
 
 def use_float_activations(model: ir.Model) -> None:
-    """Rewrite every product in place to x times the weights that its codes stand for, neither rounded to int8: what the
-    graph is compared with torch by.
+    """Rewrite every product in place, and those inside an attention with it, to x times the weights that its codes
+    stand for, neither rounded to int8, and make GELUs exact again: what the graph is compared with torch by.
     """
     for node in [n for n in model.graph if n.op_type in ("MatMulIntegerToFloat", "QAttention")]:
         q, w = node.inputs[0], node.inputs[1]
@@ -164,6 +165,7 @@ def use_float_activations(model: ir.Model) -> None:
         ir.convenience.replace_nodes_and_values(model.graph, node, [node], new, node.outputs, new[-1].outputs)
         if not any(output.uses() for output in quantised.outputs):
             model.graph.remove(quantised, safe=True)
+    exact_gelus(model.graph)
     for identifier, function in list(model.functions.items()):
         if function.domain == DOMAIN:
             bits, block, smoothed = _NAME.fullmatch(function.name).groups()  # type: ignore[union-attr]

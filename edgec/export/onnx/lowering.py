@@ -2,9 +2,9 @@
 plain rearrangement; where a target wants it, an encoder's products by int8 ones (`int8_products`).
 
 A pass over a `DenseGraph`. Requires: every planned layer's node is in the graph, its weight an initializer.
-Ensures: the node is gone, its dense weight too (unless another node still reads it), its output carries the same
-name and shape, or the sum with its bias (`biases`) or the attention (`attention`) does that an int8 product became a
-part of. The dense graph is consumed.
+Ensures: the node is gone, its dense weight too (unless another node still reads it). Its output's name and shape stay,
+on the new node, or on the sum (`biases`) or the attention (`attention`) that took an int8 product in. The dense graph
+is consumed.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from edgec.contraction import run
 from edgec.errors import ExportError
 from edgec.export.onnx.attention import join_attentions
 from edgec.export.onnx.biases import absorb_biases
+from edgec.export.onnx.gelu import approximate_gelus
 from edgec.export.onnx.graph import MICROSOFT, DenseGraph, constant
 from edgec.export.onnx.int8_products import Int8Products, smoothing, takes
 from edgec.fit import Core, Factors
@@ -28,8 +29,8 @@ from edgec.quantize.formats import QuantizedTensor
 
 _LARGE_TABLE = 1 << 20
 """Scales from which a looked-up table keeps them in fp16 [count]. Behind a Cast onnxruntime would hold an fp32 copy of
-them all (33 MB of a 1B model) instead of mapping the file's; the rows are cast instead, which is
-not worth it for small tables.
+them all (33 MB of a 1B model) instead of mapping the file's. In exchange its rows are rounded to
+fp16, by 2⁻¹¹ at most, and cast, which is not worth it for small tables.
 """
 
 
@@ -121,6 +122,8 @@ class OnnxOps:
         v, n = stored.shape
         if n % stored.fmt.block:
             raise ExportError(f"{self.prefix}: rows of {n} do not divide into blocks of {stored.fmt.block}")
+        if self.int8 is not None and takes(stored) and stored.fmt.bits == 8:
+            return self._gather_bytes(ids, core, stored)
         half = stored.scales.dtype == np.float16 and stored.scales.size >= _LARGE_TABLE
         scales = (self._constant if half else self._float)(core + ".scales", stored.scales)
         inputs = [self._constant(core + ".codes", stored.packed().reshape(v, -1)), ids, scales]
@@ -131,15 +134,29 @@ class OnnxOps:
             inputs,
             domain=MICROSOFT,
             name=core,
+            dtype=ir.DataType.FLOAT16 if half else ir.DataType.FLOAT,
             gather_axis=0,
             quantize_axis=1,
             bits=stored.fmt.bits,
             block_size=stored.fmt.block,
         )
-        if not half:
-            return rows
-        rows.dtype = ir.DataType.FLOAT16
-        return self._node("Cast", [rows], name=f"{core}.rows", to=ir.DataType.FLOAT)
+        return self._node("Cast", [rows], name=f"{core}.rows", to=ir.DataType.FLOAT) if half else rows
+
+    def _gather_bytes(self, ids: ir.Value, core: str, stored: QuantizedTensor) -> ir.Value:
+        """Rows of an int8 table, looked up as they are and then scaled: half of what a batch's rows take in
+        GatherBlockQuantized, which goes number by number, but more nodes than a decoder's one row is worth.
+        """
+        (v, n), block = stored.shape, stored.fmt.block
+        levels = (stored.codes.astype(np.int16) - stored.fmt.zero).astype(np.int8)
+
+        def rows(name: str, array: NDArray[Any]) -> ir.Value:
+            table, kind = self._constant(f"{core}.{name}", array), ir.DataType.from_numpy(array.dtype)
+            found = self._node("Gather", [table, ids], name=f"{core}.{name}", dtype=kind, axis=0)
+            return found if array.dtype == np.float32 else self._node("Cast", [found], to=ir.DataType.FLOAT)
+
+        blocks = self.reshape(rows("codes", levels), (n // block, block), 1)
+        scaled = self._node("Mul", [blocks, rows("scales", stored.scales.reshape(v, -1, 1))], name=core)
+        return self.reshape(scaled, (n,), 2)
 
     def add(self, x: ir.Value, y: ir.Value) -> ir.Value:
         return self._node("Add", [x, y])
@@ -162,12 +179,19 @@ class OnnxOps:
         return value
 
     def _node(
-        self, op: str, inputs: list[ir.Value], *, domain: str = "", name: str = "", **attributes: Any
+        self,
+        op: str,
+        inputs: list[ir.Value],
+        *,
+        domain: str = "",
+        name: str = "",
+        dtype: ir.DataType = ir.DataType.FLOAT,
+        **attributes: Any,
     ) -> ir.Value:
         title = f"{self.prefix}/{name or f'step{len(self.nodes)}'}/{op}"
         node = ir.node(op, inputs, attributes=attributes, domain=domain, name=title)
         output = node.outputs[0]
-        output.name, output.dtype = f"{title}/output_0", ir.DataType.FLOAT
+        output.name, output.dtype = f"{title}/output_0", dtype
         self.nodes.append(node)
         return output
 
@@ -188,6 +212,7 @@ def lower(graph: DenseGraph, factors: Mapping[str, Factors], *, accuracy_level: 
     if products is not None:
         absorb_biases(model)
         join_attentions(graph.model)
+        approximate_gelus(model)
     drop_unused(model)
     if products is not None:
         model.sort()  # what products share was put before the first of them in the plan's order

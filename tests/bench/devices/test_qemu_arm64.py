@@ -39,9 +39,8 @@ def test_memory_and_agreement_but_no_times(tmp_path: Path, encoder_folder: Path)
     device = file("qemu-arm64").create(f"{_root(odd)},cpu=max")
     (row,) = run_bench([Contestant("a", encoder_folder)], QUICK, device=device)
     assert row.device == "qemu-arm64 (max)"
-    assert sorted(row.metrics) == [
-            "load_peak_rss_bytes", "mapped_rss_bytes", "peak_rss_bytes", "runtime_rss_bytes",
-        ]  # fmt: skip
+    told = {"load_peak_rss_bytes", "peak_rss_bytes", "runtime_rss_bytes"}
+    assert set(row.metrics) - {"mapped_rss_bytes"} == told
     assert row.metrics["peak_rss_bytes"].value > 1_000_000
     assert "times are not times" in row.notes[0]
     assert "cosine at least 1.00000 over 2 sentences" in row.notes[1]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,10 +16,10 @@ import onnx_ir as ir
 import pytest
 import torch
 import transformers
-from graphs_for_tests import constant, model_of, session, value
+from graphs_for_tests import session
 
 from edgec.export.onnx import lowering
-from edgec.export.onnx.attention import _is_padding, join_attentions
+from edgec.export.onnx.attention import _is_padding
 from edgec.export.onnx.encoder import export_encoder
 from edgec.export.onnx.graph import DenseGraph
 from edgec.export.onnx.int8_products import use_float_activations
@@ -60,15 +62,21 @@ def exported(name: str) -> tuple[bytes, Mapping[str, Array]]:
     return ir.to_proto(graph.model).SerializeToString(), weights
 
 
-def lowered(name: str, *, join: bool, plan: Mapping[str, tuple[Spec, str]] | None = None) -> ir.Model:
-    """plan: a decomposition and a format for the layers whose names end so; others are dense in int8."""
+def lowered(
+    name: str, *, join: bool, plan: Mapping[str, tuple[Spec, str]] | None = None, strong: Sequence[int] = ()
+) -> ir.Model:
+    """plan: a decomposition and a format for the layers whose names end so; others are dense in int8. strong: channels
+    of every layer's input that its products smooth.
+    """
     stored, weights = exported(name)
     model = ir.from_proto(onnx.ModelProto.FromString(stored))
     nodes = {node.name: node for node in model.graph}
     factors = {}
     for layer, weight in weights.items():
         own = next((chosen for end, chosen in (plan or {}).items() if layer.endswith(end)), (Spec("dense"), "int8-b32"))
-        factors[layer] = fit(weight, own[0], CoreFormat.parse(own[1]))
+        rms = np.ones(weight.shape[1], np.float32)
+        rms[list(strong)] = 16.0
+        factors[layer] = replace(fit(weight, own[0], CoreFormat.parse(own[1])), input_rms=rms)
     graph = DenseGraph(model, {layer: nodes[f"{layer}/MatMul"] for layer in weights}, {})
     with pytest.MonkeyPatch.context() as patch:
         if not join:
@@ -90,11 +98,12 @@ def kinds(model: ir.Model) -> Counter[str]:
     return Counter(node.op_type for node in model.graph)
 
 
+@pytest.mark.parametrize("strong", [(), (3, 40)])
 @pytest.mark.parametrize("masked", MASKS)
-def test_the_numbers_are_the_same(masked: str, tmp_path: Path) -> None:
-    apart, joined = lowered("bert", join=False), lowered("bert", join=True)
+def test_the_numbers_are_the_same(masked: str, strong: tuple[int, ...], tmp_path: Path) -> None:
+    apart, joined = lowered("bert", join=False, strong=strong), lowered("bert", join=True, strong=strong)
     assert (kinds(apart)["MultiHeadAttention"], kinds(joined)["QAttention"]) == (2, 2)
-    assert "MultiHeadAttention" not in kinds(joined)
+    assert "MultiHeadAttention" not in kinds(joined) and ("Mul" in kinds(joined)) == bool(strong)
     mask = np.array(MASKS[masked])
     np.testing.assert_array_equal(hidden(joined, mask, tmp_path / "joined"), hidden(apart, mask, tmp_path / "apart"))
     for model in (apart, joined):
@@ -116,43 +125,59 @@ def test_the_numbers_are_the_same(masked: str, tmp_path: Path) -> None:
 def test_which_are_joined(name: str, plan: Mapping[str, tuple[Spec, str]], joined: int, tmp_path: Path) -> None:
     model, apart = lowered(name, join=True, plan=plan), lowered(name, join=False, plan=plan)
     assert kinds(model)["QAttention"] == joined and kinds(model)["MultiHeadAttention"] == 2 - joined
-    assert join_attentions(model) == 0
     mask = np.array(MASKS["the end"])
     np.testing.assert_array_equal(hidden(model, mask, tmp_path / "model"), hidden(apart, mask, tmp_path / "apart"))
 
 
-def scores_bias(kind: str) -> tuple[ir.Model, ir.Value]:
-    """A graph that adds something to scores, which depends on its mask and perhaps on more."""
-    dims = ["B", "T"]
-    mask, ids = value("attention_mask", ir.DataType.INT64, dims), value("input_ids", ir.DataType.INT64, dims)
-    hides = -1.0 if kind == "too little" else -1e9
-    held = [
-        constant("one", np.array(1.0, np.float32)),
-        constant("hides", np.array(hides, np.float32)),
-        constant("axes", np.array([1, 2])),
-    ]
-    there = ir.node("Cast", [mask], attributes={"to": ir.DataType.FLOAT})
-    absent = ir.node("Sub", [held[0], there.outputs[0]])
-    hidden = ir.node("Mul", [absent.outputs[0], held[1]])
-    nodes = [there, absent, hidden]
-    if kind == "tokens":
-        words = ir.node("Cast", [ids], attributes={"to": ir.DataType.FLOAT})
-        nodes += [words, ir.node("Add", [hidden.outputs[0], words.outputs[0]])]
-    nodes.append(ir.node("Unsqueeze", [nodes[-1].outputs[0], held[2]]))
-    for number, node in enumerate(nodes):
-        node.outputs[0].name, node.outputs[0].dtype = f"v{number}", ir.DataType.FLOAT
-    added = nodes[-1].outputs[0]
-    model = model_of([mask], nodes, added, held)
-    if kind == "tokens":
-        model.graph.inputs.append(ids)
-    if kind == "another mask":
-        mask.name = "mask"
-    return model, added
+class Scores(torch.nn.Module):
+    """What a model might add to its scores [batch, 1 or heads, length, length]."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        lowest = -1.0 if self.kind == "too little" else torch.finfo(torch.float32).min
+        there = attention_mask[:, None, None, :].bool()
+        places = torch.arange(input_ids.shape[1])
+        apart = places[:, None] - places[None, :]
+        if self.kind == "causal":
+            there = there & (apart >= 0)
+        elif self.kind == "window":
+            there = there & (apart.abs() <= 512)
+        added = torch.where(there, 0.0, lowest)
+        if self.kind == "tokens":
+            added = added + input_ids[:, None, None, :]
+        elif self.kind == "distances":
+            added = added - apart.abs()[None, None] * torch.tensor([0.5, 0.25])[None, :, None, None]
+        elif self.kind == "one head":
+            added = added * torch.tensor([1.0, 0.0])[None, :, None, None]
+        elif self.kind == "no numbers":
+            added = torch.where(there, 0.0, torch.nan)
+        elif self.kind == "a short table":
+            added = added + torch.zeros(1, 1, 64, 64)[:, :, : input_ids.shape[1], : input_ids.shape[1]]
+        elif self.kind == "every row":
+            added = added.expand(-1, -1, input_ids.shape[1], -1)
+        return added
 
 
-@pytest.mark.parametrize(
-    ("kind", "padding"), [("mask", True), ("too little", False), ("tokens", False), ("another mask", False)]
-)
-def test_what_is_added_to_scores_is_asked(kind: str, padding: bool) -> None:
-    model, added = scores_bias(kind)
-    assert _is_padding(model, added) is padding
+KINDS = {
+    "keys": True, "every row": True, "too little": False, "causal": False, "window": False, "tokens": False,
+    "distances": False, "one head": False, "no numbers": False, "a short table": False,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_added_to_scores_is_asked(kind: str) -> None:
+    example = {"input_ids": torch.arange(14).reshape(2, 7), "attention_mask": torch.ones(2, 7, dtype=torch.int64)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's exporter about itself
+        program = torch.onnx.export(
+            Scores(kind), tuple(example.values()), dynamo=True, verbose=False, input_names=list(example),
+            dynamic_shapes=[{0: "batch", 1: "length"} for _ in example],
+        )  # fmt: skip
+    assert program is not None
+    model = program.model
+    assert _is_padding(model, model.graph.outputs[0]) is KINDS[kind]
+    next(value for value in model.graph.inputs if value.name == "attention_mask").name = "mask"
+    assert not _is_padding(model, model.graph.outputs[0])
