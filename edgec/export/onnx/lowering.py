@@ -122,8 +122,6 @@ class OnnxOps:
         v, n = stored.shape
         if n % stored.fmt.block:
             raise ExportError(f"{self.prefix}: rows of {n} do not divide into blocks of {stored.fmt.block}")
-        if self.int8 is not None and takes(stored) and stored.fmt.bits == 8:
-            return self._gather_bytes(ids, core, stored)
         half = stored.scales.dtype == np.float16 and stored.scales.size >= _LARGE_TABLE
         scales = (self._constant if half else self._float)(core + ".scales", stored.scales)
         inputs = [self._constant(core + ".codes", stored.packed().reshape(v, -1)), ids, scales]
@@ -141,22 +139,6 @@ class OnnxOps:
             block_size=stored.fmt.block,
         )
         return self._node("Cast", [rows], name=f"{core}.rows", to=ir.DataType.FLOAT) if half else rows
-
-    def _gather_bytes(self, ids: ir.Value, core: str, stored: QuantizedTensor) -> ir.Value:
-        """Rows of an int8 table, looked up as they are and then scaled: half of what a batch's rows take in
-        GatherBlockQuantized, which goes number by number, but more nodes than a decoder's one row is worth.
-        """
-        (v, n), block = stored.shape, stored.fmt.block
-        levels = (stored.codes.astype(np.int16) - stored.fmt.zero).astype(np.int8)
-
-        def rows(name: str, array: NDArray[Any]) -> ir.Value:
-            table, kind = self._constant(f"{core}.{name}", array), ir.DataType.from_numpy(array.dtype)
-            found = self._node("Gather", [table, ids], name=f"{core}.{name}", dtype=kind, axis=0)
-            return found if array.dtype == np.float32 else self._node("Cast", [found], to=ir.DataType.FLOAT)
-
-        blocks = self.reshape(rows("codes", levels), (n // block, block), 1)
-        scaled = self._node("Mul", [blocks, rows("scales", stored.scales.reshape(v, -1, 1))], name=core)
-        return self.reshape(scaled, (n,), 2)
 
     def add(self, x: ir.Value, y: ir.Value) -> ir.Value:
         return self._node("Add", [x, y])

@@ -90,18 +90,6 @@ def test_lookups_are_programs_too(kind: str, tmp_path: Path) -> None:
     np.testing.assert_allclose(run_graph(graph.model, tmp_path, ids), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("fmt", ["int4-b32", "int8-b32", "int8-b64"])
-def test_an_encoder_scales_the_rows_of_an_int8_table_itself(fmt: str, tmp_path: Path) -> None:
-    factors = fit(weight(50, 128), Spec("dense"), CoreFormat.parse(fmt), role="embedding")
-    graph = table_graph(weight(50, 128))
-    lower(graph, {LAYER: factors}, accuracy_level=0, int8=True)
-    assert ("GatherBlockQuantized" in ops(graph.model)) == (fmt == "int4-b32")
-    ids = np.array([[0, 49, 3], [3, 3, 7]])
-    np.testing.assert_array_equal(run_graph(graph.model, tmp_path, ids), factors.dense()[ids])
-    stored = sum(value.const_value.nbytes for value in graph.model.graph.initializers.values() if value.const_value)
-    assert stored <= factors.stored_bytes + 64
-
-
 @pytest.mark.parametrize("fmt", ["int2-b32", "int4-b32", "int8-b32"])
 def test_a_large_table_s_scales_stay_in_the_file(fmt: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No Cast stands before them, which onnxruntime would compute at load and hold as fp32."""
