@@ -35,7 +35,6 @@ from edgec.plan.budget import parse_budget, parse_time
 from edgec.plan.costs import Costs, Facts, Ram, Rate, parameters_that_fit
 from edgec.plan.kv_cache import CacheShape, Memory, kv_bytes
 from edgec.plan.planner import Sizes, constrained_plan
-from edgec.profile.store import load_profile
 from edgec.quantize.formats import CoreFormat
 from edgec.records import Target
 from edgec.runtime.interfaces import CAUSAL_LM, ENCODER
@@ -114,11 +113,7 @@ def advise(request: AdviceRequest, progress: pipeline.Progress) -> Advice:
     facts = facts_of(workspace, request)
     rows = read_measured(request.measured, workspace.task, row) if request.measured is not None else []
     other = _smaller_workspace(request, workspace)
-    found = (
-        load_profile(request.profile, workspace.checkpoint)
-        if request.profile is not None
-        else pipeline.make_profile(workspace, [target], progress)
-    )
+    found = pipeline.profile_of(workspace, target, request.profile, progress)
     progress("measuring the runtime", 0, 1)
     costs = measure_costs(facts, workspace.layers, target, row, request.threads)
     progress("measuring the runtime", 1, 1)
@@ -265,8 +260,13 @@ def read_measured(path: Path, task: str, row: hardware.Hardware) -> list[dict[st
                     least = 0.0 if name == "rss_growth_bytes" else math.ulp(0.0)  # memory may not grow at all
                     if not least <= metric["value"] < math.inf:
                         raise UsageError(f"--measured {path}: {entry['contestant']!r} holds a value that is no measure")
+                quality, settings = entry["quality"], entry["settings"]
+                seen = [settings.get("prompt_tokens", 0), settings.get("new_tokens", 0)]
+                told = [entry["artifact_bytes"], entry.get("kv_cache_bytes", 0), *quality.values(), *seen]
+                if not all(math.isfinite(float(number)) for number in told):
+                    raise UsageError(f"--measured {path}: {entry['contestant']!r} holds a value that is no measure")
                 found.append(entry)
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
         raise UsageError(f"--measured {path}: not what `edgec bench --json` prints ({error!r})") from error
     machine = next((m for m in ("x86_64", "aarch64", "arm64") if m in system), "")
     if not machine or row.machine not in ("", machine.replace("arm64", "aarch64")):

@@ -123,7 +123,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
             return transformers.AutoTokenizer.from_pretrained(
                 checkpoint.folder, local_files_only=True, trust_remote_code=False
             )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except Exception as error:  # tokenizers raises plain Exceptions
         reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"{checkpoint.folder}: no tokenizer that loads from its JSON files ({reason})") from error
 

@@ -7,7 +7,7 @@ room that needs a fitted layer (profile to score candidates, compress to apply a
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -38,6 +38,16 @@ values) it takes a third off the predicted loss of rounding to nearest, at 4 bit
 
 _MIXER = CoreFormat(8, 32)
 """Format of the small matrices of a quantised factored table: every row passes through them, and they weigh nothing."""
+
+
+def stored_arrays(core: Core) -> Iterator[NDArray[Any]]:
+    """The numbers that a core is: floats, or codes, scales and zero points."""
+    if not isinstance(core, QuantizedTensor):
+        yield core
+        return
+    yield from (core.codes, core.scales)
+    if core.zero_points is not None:
+        yield core.zero_points
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,9 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from edgec import modeling
 from edgec._version import __version__
 from edgec.calibration import Batches
 from edgec.errors import EdgecError, RuntimeUnavailableError
-from edgec.fit import Factors
+from edgec.fit import Factors, stored_arrays
 from edgec.heal.cores import Student
 from edgec.heal.settings import HealSettings
 from edgec.heal.trainer import Curve, HealRun
@@ -85,7 +86,7 @@ class Healed:
             "divergence_before": self.before,
             "divergence_after": self.after,
             "kept": self.after < self.before,
-            "curve": [list(point) for point in self.curve.points],
+            "curve": [[s, step, value if math.isfinite(value) else None] for s, step, value in self.curve.points],
         }
 
 
@@ -129,7 +130,7 @@ def heal(
         settings,
         workspace.pooling,
         state_file,
-        _key(workspace, start.factors, settings) if state_file else "",
+        _key(workspace, start, settings) if state_file else "",
         progress,
     )
     try:
@@ -198,20 +199,34 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _key(workspace: Workspace, factors: Mapping[str, Factors], settings: HealSettings) -> str:
-    """What a resumed run must have in common with the one that was interrupted."""
-    layout = {name: [str(f.contraction), sorted(f.cores), f.stored_bytes] for name, f in sorted(factors.items())}
+def _key(workspace: Workspace, start: Start, settings: HealSettings) -> str:
+    """What a resumed run must have in common with the one that was interrupted: all but where it runs and how long. The
+    numbers that it starts from too, because some of them (scales, say) are trained as differences from those.
+    """
     told: list[object] = [
         __version__,
         workspace.checkpoint.fingerprint,
-        layout,
+        {name: str(fitted.contraction) for name, fitted in sorted(start.factors.items())},
+        _numbers_hash(start),
         workspace.healing_batches.origin,
         _tokens_hash(workspace.healing_batches),
+        settings.method,
+        settings.seed,
+        settings.mode == "steps",
     ]
-    told.append(
-        str(replace(settings, device="", amount=0.0, text="", mode="steps" if settings.mode == "steps" else "seconds"))
-    )
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+
+
+def _numbers_hash(start: Start) -> str:
+    digest = hashlib.sha256()
+    for name, fitted in sorted(start.factors.items()):
+        for core, stored in sorted(fitted.cores.items()):
+            digest.update(f"{name}/{core}".encode())
+            for array in stored_arrays(stored):
+                digest.update(np.ascontiguousarray(array).tobytes())
+    for name, vector in sorted(start.vectors.items()):
+        digest.update(name.encode() + np.ascontiguousarray(vector).tobytes())
+    return digest.hexdigest()
 
 
 def _tokens_hash(batches: Batches) -> str:

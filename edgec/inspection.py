@@ -122,14 +122,15 @@ def plan_of(path: Path) -> Plan:
 
 
 def healing_curve_of(path: Path) -> tuple[tuple[float, int, float], ...]:
-    """(seconds, step, held-out divergence) of the healing in an artifact's manifest; () where there was none.
+    """(seconds, step, held-out divergence) of the healing in an artifact's manifest; () where there was none. Checks at
+    which it was no number are left out: the run went back from there.
 
     Raises CheckpointError.
     """
     entry = _manifest(path).get("healing") or {}
     try:
         points = entry.get("curve", ())
-        return tuple((float(seconds), int(step), float(value)) for seconds, step, value in points)
+        return tuple((float(seconds), int(step), float(value)) for seconds, step, value in points if value is not None)
     except (AttributeError, TypeError, ValueError, OverflowError) as error:
         raise CheckpointError(f"{path / MANIFEST_NAME}: the healing is damaged ({error!r})") from error
 

@@ -1,4 +1,6 @@
-"""Every cap in edgec, named, with its unit. Untrusted input is checked against these before allocation."""
+"""The caps that rooms share, named, with their units; those of one format or device stand beside its reader. Untrusted
+input is checked against them before allocation.
+"""
 
 from __future__ import annotations
 

@@ -134,6 +134,8 @@ def shadow(
     if workspace.pooling is not None:
         return Shadow(loaded.task, _encoder_cases(workspace, cast(Encoder, loaded), prompts, progress), 0)
     other = cast(CausalLM, loaded)
+    if other.vocab_size != (known := int(workspace.model.config.vocab_size)):
+        raise CheckpointError(f"{artifact} has {other.vocab_size} tokens, {model} {known}; give its own model")
     cases = []
     for done, prompt in enumerate(prompts):
         progress("replaying", done, len(prompts))
@@ -162,7 +164,7 @@ def _encoder_cases(
 
 
 def _causal_case(workspace: Workspace, other: CausalLM, prompt: Prompt, max_tokens: int, new_tokens: int) -> Case:
-    room = min(workspace.context, other.context_length) - new_tokens
+    room = min(workspace.context, other.context_length) - max(1, new_tokens)
     ids: list[int] = workspace.tokenizer(prompt.text)["input_ids"][: max(1, min(max_tokens, room))]
     if not ids:
         raise CalibrationError(f"line {prompt.line} of the traffic: no tokens in {prompt.text[:40]!r}")
@@ -180,16 +182,16 @@ def _causal_case(workspace: Workspace, other: CausalLM, prompt: Prompt, max_toke
         return case
     # One count of tokens for both, end of text suppressed as in a benchmark: where they part is all that is asked.
     theirs = list(other.forced(ids, new_tokens))
-    ours = _greedy(workspace, row, theirs)
+    ours = _greedy(workspace, row, theirs, other.ends)
     differs = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b), None)
     decode = workspace.tokenizer.decode
     return replace(case, differs_at=differs, dense=decode(ours), artifact=decode(theirs))
 
 
-def _greedy(workspace: Workspace, row: NDArray[np.int64], theirs: Sequence[int]) -> list[int]:
-    """As many greedy tokens of the dense model, end of text suppressed."""
-    ends = workspace.checkpoint.config.get("eos_token_id")
-    banned = [ends] if isinstance(ends, int) else list(ends or ())
+def _greedy(
+    workspace: Workspace, row: NDArray[np.int64], theirs: Sequence[int], banned: Sequence[int]
+) -> list[int]:
+    """As many greedy tokens of the dense model, without those that the artifact's runtime suppresses."""
     model = workspace.model
     found: list[int] = []
     step, cache = torch.from_numpy(row), None
@@ -197,8 +199,7 @@ def _greedy(workspace: Workspace, row: NDArray[np.int64], theirs: Sequence[int])
         for _ in theirs:
             out = model(input_ids=step, past_key_values=cache, use_cache=True)
             scores = out.logits[0, -1].float()
-            if banned:
-                scores[banned] = -torch.inf
+            scores[list(banned)] = -torch.inf
             found.append(int(scores.argmax()))
             step, cache = torch.tensor([[found[-1]]]), out.past_key_values
     return found

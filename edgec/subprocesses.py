@@ -54,7 +54,7 @@ class Finished:
         if self.stopped == "timeout":
             cause = f"stopped after {self.seconds:.0f} s without finishing"
         elif self.stopped == "output":
-            cause = f"stopped because it wrote more than {len(self.stdout)} bytes"
+            cause = "stopped because it wrote more than it may"
         elif self.stopped == "asked":
             cause = "stopped when it was no longer needed"
         elif self.stopped:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from command_for_tests import Said, finish, invoke, start
+from command_for_tests import Said, check_failure, finish, invoke, start
 from models_for_tests import tree
 from rich.console import Console
 
@@ -287,3 +287,19 @@ def test_a_large_model_does_not_drown_its_figures_in_notes() -> None:
     assert len(text.splitlines()) < 30
     assert "layer 0 stays" in text
     assert "layer 199 stays" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--plain", "--budget", "0.5"), r"--plain fits a given --plan without activations; give one"),
+        (("--plain", "--plan", "uniform:0.5", "--profile", "p"), r"--plain fits a given --plan .* leave --profile out"),
+        (("--max-loss", "1%", "--search", "anneal:1min"), r"--search anneal spends a budget; a line of loss"),
+        (("--seed", "-1"), r"Invalid value for .--seed.: .* greater than or equal to 0"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(
+    capsys: pytest.CaptureFixture[str], lm_source: Path, tmp_path: Path, words: tuple[str, ...], message: str
+) -> None:
+    said = invoke(capsys, "export", lm_source, "-t", "onnx-x64", "-o", tmp_path / "out", *words)
+    check_failure(said, 2, message)

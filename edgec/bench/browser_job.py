@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from edgec import limits
 from edgec.bench import check
 from edgec.bench.jobs import Job
 from edgec.errors import BenchError, CheckpointError
@@ -99,9 +100,10 @@ def _decoder(folder: Path, job: Job) -> tuple[dict[str, Any], _Graph]:
     try:
         decoder = dict(model["decoder"])  # type: ignore[index]
         inputs, outputs = dict(decoder["inputs"]), dict(decoder["outputs"])
-        layers = whole_number(decoder, "num_hidden_layers", path)
+        layers = whole_number(decoder, "num_hidden_layers", path, high=limits.MAX_LAYERS)
+        places = (("past", inputs), ("present", outputs))
         pairs = [
-            [str(inputs[f"past_{part}_names"]) % i, str(outputs[f"present_{part}_names"]) % i]
+            [str(names[f"{when}_{part}_names"]).replace("%d", str(i)) for when, names in places]
             for i in range(layers)
             for part in ("key", "value")
         ]

@@ -20,7 +20,7 @@ import numpy as np
 from edgec import limits
 from edgec.bench.sizes import ADAPTER_FILE, model_file
 from edgec.contraction import Gather, walk
-from edgec.errors import BenchError, EdgecError
+from edgec.errors import BenchError, CheckpointError, EdgecError
 from edgec.gguf_header import GgufHeader, read_header
 from edgec.runtime.ggml.network import HEAD, TABLE
 from edgec.runtime.ggml.program import PROGRAMS_KEY, decode
@@ -82,7 +82,7 @@ def reads_of(folder: Path, kv: str = "f16") -> Reads:
 
 def _of_gguf(folder: Path, path: Path, kv: str) -> Reads:
     header = read_header(path)
-    if header.metadata.get(f"{header.architecture}.expert_count"):
+    if header.integer(f"{header.architecture}.expert_count", 0):
         raise BenchError("a mixture of experts reads another part of its weights at every step")
     looked_up = _looked_up(header)
     total = sum(t.nbytes // t.shape[0] if t.name in looked_up else t.nbytes for t in header.tensors.values())
@@ -122,7 +122,11 @@ def _heads(header: GgufHeader, key: str, layers: int, default: list[int] | None 
     if key not in header.metadata and default is not None:
         return default
     if isinstance(header.metadata.get(key), np.ndarray):
-        return [int(n) for n in header.numbers(key)]
+        found = header.numbers(key)
+        whole = found.dtype.kind in "iu" and len(found) == layers
+        if not whole or found.min() < 0 or found.max() > limits.MAX_DIMENSION:
+            raise CheckpointError(f"{header.path}: {key} is not a count of heads for each of {layers} layers")
+        return [int(n) for n in found]
     return [header.integer(key, low=1)] * layers
 
 

@@ -38,6 +38,16 @@ def model_file(folder: Path) -> Path:
     raise BenchError(f"{folder} holds no model file (looked for {', '.join(MODEL_FILES)})")
 
 
+def _weight_files(checkpoint: Path) -> list[Path]:
+    """The files that a checkpoint is loaded from; others may lie beside them."""
+    single, index = checkpoint / "model.safetensors", checkpoint / "model.safetensors.index.json"
+    if single.is_file():
+        return [single]
+    shards = optional_json(index).get("weight_map")
+    names = sorted(set(map(str, shards.values()))) if isinstance(shards, dict) else []
+    return [inside(checkpoint, name, index) for name in names] or sorted(checkpoint.glob("*.safetensors"))
+
+
 def artifact_bytes(folder: Path) -> int:
     """Model file plus external data or adapter [bytes]; tokenizer and configuration beside them are not counted. Of a
     folder that another tool runs, the weight files of the checkpoint that it names; of what `edgec compress` wrote,
@@ -47,7 +57,7 @@ def artifact_bytes(folder: Path) -> int:
         return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     if (folder / PEER_FILE).is_file():
         checkpoint = optional_json(folder / PEER_FILE).get("checkpoint")
-        weights = [*Path(checkpoint).glob("*.safetensors")] if isinstance(checkpoint, str) else []
+        weights = _weight_files(Path(checkpoint)) if isinstance(checkpoint, str) else []
         if weights:
             return sum(file.stat().st_size for file in weights)
     path = model_file(folder)

@@ -54,7 +54,7 @@ def export(
         str | None, typer.Option(help="full (the default), or lora: a low-rank change of every core")
     ] = None,
     device: Annotated[str, typer.Option(help="where healing runs: cpu, cuda")] = "cpu",
-    seed: Annotated[int | None, typer.Option(help="of every random choice; default: 0")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="of every random choice; default: 0")] = None,
     plain: Annotated[bool, typer.Option("--plain", help="fit a --plan without activations (speed tests)")] = False,
     arithmetic: Annotated[
         str | None,

@@ -67,9 +67,9 @@ MaxLatency = Annotated[
     str | None,
     typer.Option("--max-latency", help="most time of the planned layers, as kernels timed here predict it: 5ms"),
 ]
-SEARCH_HELP = "none, greedy, or anneal with its time: anneal:10min (plans are measured)"
+SEARCH_HELP = "none, greedy (24 plans are measured; greedy:30s ends by the clock too) or anneal:10min"
 SearchOption = Annotated[str, typer.Option("--search", help=SEARCH_HELP)]
-Seed = Annotated[int, typer.Option(help="of every random choice")]
+Seed = Annotated[int, typer.Option(min=0, help="of every random choice")]
 BUDGET_HELP = "12MB (the whole folder), 0.3 (of dense fp16), 4bpw (total) or 4bpw-linear (block linears; rest int8)"
 
 

@@ -14,8 +14,9 @@ import transformers
 from numpy.typing import NDArray
 from torch import Tensor
 
-from edgec.calibration import Batches
+from edgec.calibration import Batches, read_utf8
 from edgec.errors import UsageError
+from edgec.evaluate.paired import rank_correlation
 from edgec.pooling import Pooling
 
 Embed = Callable[[Sequence[str]], NDArray[np.float32]]
@@ -89,11 +90,11 @@ class Pairs:
 def read_sts(file: Path) -> Pairs:
     """An STS-Benchmark file: tab-separated, score in column 5, sentences in 6 and 7 (1-based). Raises UsageError."""
     try:
-        with file.open(encoding="utf-8", newline="") as lines:
-            rows = [row for row in csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE) if row]
+        lines = read_utf8(file).split("\n")
+        rows = [row for row in csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE) if row]
         scores = tuple(float(row[4]) for row in rows)
-        if len(rows) < 2 or not np.isfinite(scores).all():
-            raise ValueError("no pairs")
+        if not np.isfinite(scores).all() or len(set(scores)) < 2:
+            raise ValueError("no pairs, or all of one score")
         return Pairs(tuple(row[5] for row in rows), tuple(row[6] for row in rows), scores)
     except (IndexError, ValueError, csv.Error) as error:
         raise UsageError(
@@ -110,9 +111,8 @@ def pair_similarities(embed: Embed, pairs: Pairs) -> NDArray[np.float64]:
 
 
 def spearman(similarities: NDArray[Any], scores: Sequence[float] | NDArray[Any]) -> float:
-    from scipy.stats import spearmanr  # half a second of imports that most commands never need
-
-    return float(spearmanr(similarities, scores).statistic)
+    """0 where either of the two is constant."""
+    return float(rank_correlation(np.asarray(similarities)[None], np.asarray(scores)[None])[0])
 
 
 def spearman_loss_interval(

@@ -72,12 +72,13 @@ def spearman(similarities: Array, scores: Array, table: NDArray[np.int64]) -> Re
     if not np.isfinite(similarities).all():
         return Resampled(float("nan"), np.full(len(table), np.nan))
     step = max(1, _CHUNK_VALUES // table.shape[1])
-    parts = [_spearman(similarities[t], scores[t]) for t in (table[i : i + step] for i in range(0, len(table), step))]
-    return Resampled(float(_spearman(similarities[None], scores[None])[0]), np.concatenate(parts))
+    tables = (table[i : i + step] for i in range(0, len(table), step))
+    parts = [rank_correlation(similarities[t], scores[t]) for t in tables]
+    return Resampled(float(rank_correlation(similarities[None], scores[None])[0]), np.concatenate(parts))
 
 
-def _spearman(a: Array, b: Array) -> NDArray[np.float64]:
-    """Row by row: a, b [draws, rows] → [draws]; 0 where one of them is constant."""
+def rank_correlation(a: Array, b: Array) -> NDArray[np.float64]:
+    """Spearman's, row by row: a, b [draws, rows] → [draws]; 0 where one of them is constant."""
     from scipy.stats import rankdata  # half a second of imports that most commands never need
 
     ra, rb = (rankdata(x, axis=1) for x in (a, b))

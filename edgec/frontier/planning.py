@@ -1,4 +1,6 @@
-"""edgec's own contestants: for each budget, the plan that the pipeline would ship, fitted."""
+"""edgec's own contestants: for each budget, the plan that the pipeline would ship, fitted. Activations are floats for
+every contestant here, so plans may hold the rotated forms that an export of an encoder leaves out beside int8 products.
+"""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, replace
 
@@ -49,7 +50,7 @@ def parse_heal(text: str, *, method: str = "full", device: str = "cpu", seed: in
         return HealSettings(typed, amount, method, device, seed, typed)
     match = _AMOUNT.fullmatch(typed)
     value = float(match[1]) if match else 0.0
-    if not match or value <= 0 or (match[2] == "steps" and value != int(value)):
+    if not match or not 0 < value < math.inf or (match[2] == "steps" and value != int(value)):
         raise UsageError(f"--heal {text}: expected auto, off, a time (10min, 90s) or a number of steps (300steps)")
     if match[2] == "steps":
         return HealSettings("steps", value, method, device, seed, typed)

@@ -309,10 +309,10 @@ def export(request: ExportRequest, progress: Progress = silent) -> Exported:
     compressed = store.is_compressed(request.model)
     reconstructed = compressed and kind.RECONSTRUCTS and not ships_as_it_is(request.model, target)
     compressed = compressed and not reconstructed
-    if compressed and (request.plan or request.budget or request.max_loss or request.profile):
+    if compressed and any((request.plan, request.budget, request.max_loss, request.max_latency, request.profile)):
         raise UsageError(
-            f"{request.model} is already compressed; --plan, --budget, --max-loss and --profile belong to the dense "
-            "model"
+            f"{request.model} is already compressed; --plan, --budget, --max-loss, --max-latency and --profile belong "
+            "to the dense model"
         )
     if compressed and request.heal.mode not in ("off", "auto"):
         raise UsageError(
@@ -335,7 +335,9 @@ def export(request: ExportRequest, progress: Progress = silent) -> Exported:
         manifest = verified_manifest(
             workspace, product, target, stage, work, quality=request.quality, progress=progress
         )
-        (stage / MANIFEST_NAME).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        (stage / MANIFEST_NAME).write_text(
+            json.dumps(manifest, indent=1, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8"
+        )
         if goal.budget is not None and product.plan.budget == str(goal.budget):
             _require_within(goal.budget, stage, product.written)
     return Exported(request.out, product.plan, manifest)

@@ -60,6 +60,10 @@ class Goal:
     max_ms: float | None = None
     pace: Pace | None = None
 
+    def __post_init__(self) -> None:
+        if self.line is not None and self.search.method == "anneal":
+            raise UsageError("--search anneal spends a budget; a line of loss is approached by greedy, or greedy:10min")
+
     def __str__(self) -> str:
         return str(self.line or self.budget)
 

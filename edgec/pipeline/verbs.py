@@ -10,7 +10,7 @@ from pathlib import Path
 from edgec import outputs
 from edgec.compress import store
 from edgec.compress.streaming import compress_streamed
-from edgec.errors import RuntimeUnavailableError, UnsupportedModelError
+from edgec.errors import RuntimeUnavailableError, UnsupportedModelError, UsageError
 from edgec.export.artifacts import kind_of
 from edgec.export.targets import all_targets, get_target, offered
 from edgec.modeling import DECODER_TASK
@@ -113,6 +113,8 @@ def compress(
     before it produce. With a profile folder, the whole model is: its statistics tell what counts in factored tables,
     and its fit of the other layers ships where it is the closer one.
     """
+    if plain and profile_folder is not None:
+        raise UsageError("--plain fits without activations, of which --profile holds statistics; leave one of them out")
     outputs.check_free(out, force=force)
     workspace = Workspace(model, calibration)
     workspace.require_finite()

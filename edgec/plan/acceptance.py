@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 
 from edgec.errors import PlanError, UsageError
 from edgec.plan.budget import Budget
-from edgec.plan.corrections import Groups, learn
+from edgec.plan.corrections import Groups, learn, predicted
 from edgec.plan.latency import Pace
-from edgec.plan.offer import Offer, Sizes
+from edgec.plan.offer import Loss, Offer, Sizes
 from edgec.plan.planner import Profiled, plan_of
 from edgec.plan.refine import Evaluate, Ledger, Progress, Search, refine
 from edgec.records import Choice, Plan, Target
@@ -119,14 +119,13 @@ class _Descent:
     def bisect(self) -> None:
         groups = Groups.of_layers(list(self.offer.choices))
         low, high = float(self.offer.floor), self.bytes
-        if self.left > 0:  # even the smallest may do
-            smallest = self.offer.at(low).allocate()
-            if self.take(smallest, self.ledger.measure(smallest)):
-                return
+        smallest = self._allocated(low) if self.left > 0 else None  # even that may do
+        if smallest is not None and self.take(smallest, self.ledger.measure(smallest)):
+            return
         while self.left > 0 and high > low * _CLOSE:
             middle = math.sqrt(low * high)
-            plan = self.offer.at(middle).allocate(learn(groups, self.ledger.records))
-            if self.take(plan, self.ledger.measure(plan)):
+            plan = self._allocated(middle, learn(groups, self.ledger.records))
+            if plan is not None and self.take(plan, self.ledger.measure(plan)):
                 high = min(self.bytes, middle)
             else:
                 low = middle
@@ -137,12 +136,24 @@ class _Descent:
         groups = Groups.of_layers(list(self.offer.choices))
         while self.left > 0 and self.bytes * _STEP >= self.offer.floor:
             offer = self.offer.at(self.bytes * _STEP)
-            corrected = offer.allocate(learn(groups, self.ledger.records))
-            starts = [("corrected", corrected), ("allocated", offer.allocate())]
             left = replace(self.search, evaluations=self.left, seconds=self._seconds_left())
-            found = refine(offer, starts, self.ledger, left, goal=self.line.value)
+            try:
+                corrected = offer.allocate(learn(groups, self.ledger.records))
+                starts = [("corrected", corrected), ("allocated", offer.allocate())]
+                found = refine(offer, starts, self.ledger, left, goal=self.line.value)
+            except PlanError as error:  # nothing so small is quick enough, or has a finite loss
+                logger.info("%s: no smaller plan (%s)", self.line, error)
+                return
             if not self.take(found.choices, found.loss):
                 return
+
+    def _allocated(self, size: float, loss: Loss = predicted) -> list[Choice] | None:
+        """The plan that is predicted to be best at a size; None where none so small meets the cap of time."""
+        try:
+            return self.offer.at(size).allocate(loss)
+        except PlanError as error:
+            logger.info("%s: no plan of %.0f bytes (%s)", self.line, size, error)
+            return None
 
     def _seconds_left(self) -> float | None:
         limit = self.search.seconds

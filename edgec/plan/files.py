@@ -57,7 +57,7 @@ def read_yaml(path: Path) -> Any:
             if isinstance(event, AliasEvent) or tagged or merged:
                 raise RecipeError(f"{path}:{event.start_mark.line + 1}: aliases, merges and tags are not allowed")
         return YAML(typ="safe", pure=True).load(text)
-    except (YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
+    except (YAMLError, UnicodeDecodeError, ValueError, OverflowError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]

@@ -138,7 +138,7 @@ class GenaiModel:
 
     def _stream(self, ids: list[int], total: int, options: dict[str, Any]) -> Iterator[Piece]:
         stream = self._tokenizer.create_stream()
-        ends = {int(t) for t in self._tokenizer.eos_token_ids}
+        ends = self.ends
         generator = self._generator(total, **options)
         generator.append_tokens(np.asarray(ids, dtype=np.int32))
         while not generator.is_done():
@@ -147,6 +147,10 @@ class GenaiModel:
             if token in ends:
                 return
             yield Piece(token, str(stream.decode(token)))
+
+    @property
+    def ends(self) -> list[int]:
+        return [int(token) for token in self._tokenizer.eos_token_ids]
 
     def forced(self, ids: Sequence[int], new_tokens: int) -> Iterator[int]:
         """Exactly `new_tokens` greedy tokens after `ids`; a minimum length masks the end of text.

@@ -60,6 +60,11 @@ class CausalLM(Protocol):
         """Exactly `new_tokens` greedy tokens, end of text suppressed: prefill before the first, one step per other."""
         ...
 
+    @property
+    def ends(self) -> Sequence[int]:
+        """The tokens that `forced` suppresses."""
+        ...
+
     def logits(self, ids: Ids) -> Floats:
         """Token ids [1, T] (or [T]) → logits [T, V] float32 of every position."""
         ...

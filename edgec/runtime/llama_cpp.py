@@ -207,11 +207,15 @@ class LlamaCpp:
         if self.vocabulary.size not in (0, self.vocab_size):
             raise CheckpointError(f"{path}: {self.vocabulary.size} tokens, {self.vocab_size} rows in the table")
         self.context_length = int(self._lib.llama_model_n_ctx_train(self._model))
-        self._ends = self.vocabulary.ends()
         self._context: Any = None
         self._free_context: Any = None
         self._room = 0
         self._run = 0  # counts texts: a context may be cleared for the next, or freed for a larger one
+
+    @cached_property
+    def ends(self) -> list[int]:
+        """llama.cpp is asked about every token, once, when somebody wants to know."""
+        return self.vocabulary.ends()
 
     def encode(self, text: str) -> list[int]:
         return self.vocabulary.encode(text)
@@ -240,7 +244,7 @@ class LlamaCpp:
             self._prefill(context, ids)
             for position in range(len(ids), len(ids) + new):
                 token = int(self._lib.llama_sampler_sample(chain, context, -1))
-                if token in self._ends:
+                if token in self.ends:
                     return
                 yield Piece(token, text.decode(self.vocabulary.piece(token)))
                 require_same_run(self._run, run)
@@ -260,7 +264,7 @@ class LlamaCpp:
         self._prefill(context, flat)
         for done in range(new_tokens):
             values = self._last_logits(context, 1)[0]
-            values[self._ends] = -np.inf
+            values[self.ends] = -np.inf
             token = int(values.argmax())
             yield token
             require_same_run(self._run, run)

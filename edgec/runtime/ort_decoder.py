@@ -61,7 +61,10 @@ class OrtDecoder:
         self._ort = import_onnxruntime()
         self.session = open_session(file, options or RuntimeOptions())
         self._types = {i.name: _DTYPES.get(i.type) for i in self.session.get_inputs()}
-        self._names = {k: str(v) for part in ("inputs", "outputs") for k, v in dict(decoder.get(part) or {}).items()}
+        parts = [decoder.get(part) or {} for part in ("inputs", "outputs")]
+        if not all(isinstance(part, dict) for part in parts):
+            raise CheckpointError(f"{path}: inputs and outputs of model.decoder must be names by role")
+        self._names = {role: str(name) for part in parts for role, name in part.items()}
         self._logits = self._names.get("logits", "logits")
         selects = any(i.name == FIRST_LOGITS for i in self.session.get_overridable_initializers())
         zero = self._ort.OrtValue.ortvalue_from_numpy(np.zeros(1, np.int64))

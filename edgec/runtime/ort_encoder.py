@@ -118,12 +118,17 @@ class OrtEncoder:
 def max_tokens(folder: Path, config: dict[str, Any]) -> int:
     """The longest input [tokens]: what sentence-transformers uses when it says so, else the smallest known limit."""
     positions = config.get("max_position_embeddings")
-    if isinstance(positions, int) and config.get("model_type") in _OFFSET_POSITIONS:
-        positions -= int(config.get("pad_token_id") or 0) + 1
+    if isinstance(positions, int) and str(config.get("model_type")) in _OFFSET_POSITIONS:
+        positions -= (_token_id(config.get("pad_token_id")) or 0) + 1
     stated = optional_json(folder / "sentence_bert_config.json").get("max_seq_length")
     model = optional_json(folder / "tokenizer_config.json").get("model_max_length")
     found = [n for n in (stated, model, positions) if isinstance(n, int) and 0 < n < _SANE_MAX_TOKENS]
     return min(found, default=_DEFAULT_MAX_TOKENS)
+
+
+def _token_id(value: Any) -> int | None:
+    """One that the tokenizers library can take, else None."""
+    return value if isinstance(value, int) and 0 <= value < 1 << 32 else None
 
 
 def open_tokenizer(folder: Path) -> Any:
@@ -141,8 +146,7 @@ def _tokenizer(folder: Path, config: dict[str, Any], max_tokens: int) -> Any:
     except Exception as error:  # the library raises bare Exception
         raise CheckpointError(f"{path} cannot be read as a tokenizer: {error}") from error
     stated = tokenizer.padding or {}
-    pad_id = stated.get("pad_id", config.get("pad_token_id"))
-    pad_id = pad_id if isinstance(pad_id, int) and pad_id >= 0 else 0
+    pad_id = _token_id(stated.get("pad_id", config.get("pad_token_id"))) or 0
     tokenizer.enable_padding(direction="right", pad_id=pad_id, pad_token=tokenizer.id_to_token(pad_id) or "[PAD]")
     tokenizer.enable_truncation(max_length=max_tokens, direction="right")
     return tokenizer

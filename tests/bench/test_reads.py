@@ -113,11 +113,16 @@ def test_what_cannot_be_known_is_said(tmp_path: Path) -> None:
         reads_of(decoder(tmp_path / "chain", [*chain, node("MatMul", ["input_ids", "w20"])], constants))
 
 
-def gguf(folder: Path, infos: dict[str, tuple[int, int]], programs: str = "", **more: int) -> Path:
+def gguf(folder: Path, infos: dict[str, tuple[int, int]], programs: str = "", **more: Any) -> Path:
     """A folder with a model.gguf of F32 tensors (out, in), two layers, two key heads of 16."""
     told = {"block_count": 2, "embedding_length": WIDTH, "attention.head_count": 2, "attention.head_count_kv": HEADS}
     pairs = [g.pair("general.architecture", g.STRING, "llama")]
-    pairs += [g.pair(f"llama.{key}", g.U32, value) for key, value in (told | more).items()]
+    for key, value in (told | more).items():
+        pairs.append(
+            g.array(f"llama.{key}", g.F32 if any(isinstance(n, float) for n in value) else g.U32, value)
+            if isinstance(value, list)
+            else g.pair(f"llama.{key}", g.U32, value)
+        )
     pairs += [g.pair(PROGRAMS_KEY, g.STRING, programs)] if programs else []
     entries, offset = [], 0
     for name, (out, width) in infos.items():
@@ -150,3 +155,12 @@ def test_a_factored_table_is_looked_up_in_its_first_core_only(tmp_path: Path) ->
 def test_experts_in_a_gguf(tmp_path: Path) -> None:
     with pytest.raises(BenchError, match="mixture of experts"):
         reads_of(gguf(tmp_path / "m", {"token_embd.weight": (VOCAB, WIDTH)}, expert_count=8))
+
+
+@pytest.mark.parametrize("heads", [[], [2], [2, 2, 2], [2.0, float("nan")]])
+def test_heads_that_are_no_counts_are_refused(heads: list[Any], tmp_path: Path) -> None:
+    folder = gguf(tmp_path / "m", {"token_embd.weight": (VOCAB, WIDTH)}, **{"attention.head_count": heads})
+    with pytest.raises(BenchError, match="count of heads for each of 2 layers"):
+        reads_of(folder)
+    with pytest.raises(BenchError):
+        reads_of(gguf(tmp_path / "experts", {"token_embd.weight": (VOCAB, WIDTH)}, expert_count=[1, 2]))

@@ -11,7 +11,7 @@ import torch
 from scipy.stats import spearmanr
 
 from edgec.calibration import Batches, pad
-from edgec.errors import CheckpointError, UsageError
+from edgec.errors import CalibrationError, CheckpointError, UsageError
 from edgec.evaluate.embeddings import (
     Pairs,
     cosine,
@@ -122,13 +122,23 @@ def test_sts_files(tmp_path: Path) -> None:
     file = tmp_path / "sts.csv"
     file.write_text('x\ty\tz\t1\t4.5\tA "quoted" one.\tTwo.\n\nx\ty\tz\t2\t0\tThree.\tFour.\textra\n', encoding="utf-8")
     assert read_sts(file) == Pairs(('A "quoted" one.', "Three."), ("Two.", "Four."), (4.5, 0.0))
-    for broken in ("", "a\tb\n", "x\ty\tz\t1\tnan\tA\tB\nx\ty\tz\t1\t1\tA\tB\n", "x\ty\tz\t1\tbad\tA\tB\n"):
+    same = "x\ty\tz\t1\t3\tA\tB\nx\ty\tz\t1\t3\tC\tD\n"  # no order to keep
+    for broken in ("", same, "a\tb\n", "x\ty\tz\t1\tnan\tA\tB\nx\ty\tz\t1\t1\tA\tB\n", "x\ty\tz\t1\tbad\tA\tB\n"):
         file.write_text(broken, encoding="utf-8")
         with pytest.raises(UsageError, match="not an STS-Benchmark file"):
             read_sts(file)
     file.write_bytes(b"x\ty\tz\t1\t4.5\tcaf\xe9\tTwo.\n")
-    with pytest.raises(UsageError, match="not an STS-Benchmark file"):
+    with pytest.raises(CalibrationError, match=r"sts\.csv:1: not UTF-8"):
         read_sts(file)
+
+
+def test_draws_of_few_pairs_have_an_interval() -> None:
+    """Five pairs are often drawn as one, which has no order: its correlation counts as 0."""
+    scores = (0.0, 1.0, 2.0, 3.0, 4.0)
+    close, far = np.array([0.1, 0.2, 0.3, 0.4, 0.5]), np.array([0.1, 0.3, 0.2, 0.5, 0.4])
+    loss, low, high = spearman_loss_interval(close, far, scores)
+    assert np.isfinite([loss, low, high]).all() and low <= loss <= high
+    assert spearman(np.ones(5), scores) == 0.0
 
 
 def logits_of(seed: int, scale: float = 1.0) -> Any:

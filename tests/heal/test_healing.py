@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,8 +19,10 @@ from edgec.heal import trainer
 from edgec.heal.cores import Student
 from edgec.heal.settings import parse_heal
 from edgec.heal.trainer import Curve, HealRun
-from edgec.healing import Start, heal
+from edgec.healing import Healed, Start, heal
+from edgec.inspection import healing_curve_of
 from edgec.pipeline.stages import explicit_plan, silent
+from edgec.quantize.formats import QuantizedTensor
 from edgec.workspace import Workspace
 
 
@@ -162,3 +165,26 @@ def test_a_loss_that_is_not_a_number_changes_nothing(run: Callable[..., Any], mo
     curve = made.run()
     assert curve.after == curve.before and not curve.kept
     assert all(np.array_equal(before[name], fitted.dense()) for name, fitted in student.factors().items())
+
+
+def test_a_run_is_resumed_by_the_same_one_only(case: tuple[Workspace, Start]) -> None:
+    """However long it is to be; but not by one of another seed, method or start."""
+    workspace, start = case
+    key = healing._key(workspace, start, parse_heal("20steps"))
+    assert key == healing._key(workspace, start, parse_heal("500steps"))
+    others = [parse_heal("20steps", seed=1), parse_heal("20steps", method="lora"), parse_heal("5min")]
+    assert all(healing._key(workspace, start, settings) != key for settings in others)
+    name, fitted = next(iter(start.factors.items()))
+    core, stored = next((c, s) for c, s in fitted.cores.items() if isinstance(s, QuantizedTensor))
+    moved = replace(fitted, cores={**fitted.cores, core: replace(stored, scales=stored.scales * np.float16(2))})
+    other = Start({**start.factors, name: moved}, start.vectors)
+    assert healing._key(workspace, other, parse_heal("20steps")) != key
+
+
+def test_a_check_that_was_no_number_is_told_as_json(case: tuple[Workspace, Start], tmp_path: Path) -> None:
+    _, start = case
+    curve = Curve(((0.0, 0, 0.5), (1.0, 3, math.nan), (2.0, 6, 0.4)), 0.5, 0.4, 6, True)
+    found = Healed(start.factors, start.vectors, 0.5, 0.4, "a note", parse_heal("6steps"), curve)
+    told = json.dumps({"kind": "artifact", "healing": found.record()}, allow_nan=False)
+    (tmp_path / "edgec.json").write_text(told, encoding="utf-8")
+    assert healing_curve_of(tmp_path) == ((0.0, 0, 0.5), (2.0, 6, 0.4))

@@ -21,7 +21,10 @@ def test_what_people_type(text: str, mode: str, amount: float) -> None:
     assert (found.mode, found.amount, str(found)) == (mode, amount, text)
 
 
-@pytest.mark.parametrize("text", ["", "10", "-5s", "0min", "1.5steps", "long", "10 hours", "infs", "10min; rm"])
+REFUSED = ("", "10", "-5s", "0min", "1.5steps", "long", "10 hours", "infs", "10min; rm", "9" * 400 + "steps")
+
+
+@pytest.mark.parametrize("text", REFUSED)
 def test_refused_with_examples(text: str) -> None:
     with pytest.raises(UsageError, match="10min"):
         parse_heal(text)

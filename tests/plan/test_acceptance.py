@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from landscapes_for_tests import LAYERS, SIZES, X64, profile, truth
 
 from edgec.errors import BudgetError, PlanError, UsageError
 from edgec.plan.acceptance import parse_max_loss, plan_to_loss
 from edgec.plan.budget import parse_budget
+from edgec.plan.offer import Offer
 from edgec.plan.planner import check_plan, plan_to_budget
 from edgec.plan.refine import Search
 from edgec.records import Choice, Plan
@@ -83,3 +86,19 @@ def test_lines_as_people_type_them() -> None:
     for text in ("", "%", "1", "0", "0%", "-1%", "100%", "nan", "nan%", "1%%", "1% x", "one"):
         with pytest.raises(UsageError, match="such as 1% or 0.01"):
             parse_max_loss(text)
+
+
+def test_plans_that_no_cap_of_time_allows_are_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The smallest plans may be slow ones: what is held already ships then."""
+    allocate = Offer.allocate
+    unlimited = plan_to_loss(MADE, X64, parse_max_loss("1%"), SIZES, MISLED)
+
+    def capped(self: Offer, *loss: Any) -> list[Choice]:
+        found = allocate(self, *loss)
+        if sum(c.bytes for c in found) < 1.2 * unlimited.bytes:
+            raise BudgetError("no plan within the size budget takes less than 2 ms")
+        return found
+
+    monkeypatch.setattr(Offer, "allocate", capped)
+    plan = plan_to_loss(MADE, X64, parse_max_loss("1%"), SIZES, MISLED)
+    assert MISLED(list(plan.choices)) <= 0.01 and plan.bytes > unlimited.bytes

@@ -170,8 +170,9 @@ def test_numbers_and_words_are_what_they_look_like(tmp_path: Path) -> None:
         ("a: \x07", "not valid YAML"),
         ("[" * 100_000, "nested deeper|not valid YAML"),
         ("a: " + "{a: " * 100, "nested deeper|not valid YAML"),
+        ("a: 9999-12-31T23:59:59.9999999", "not valid YAML"),
     ],
-    ids=range(13),
+    ids=range(14),
 )
 def test_yaml_that_is_hostile_or_broken(text: str, match: str, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=match) as caught:

@@ -289,3 +289,13 @@ def test_settings_that_cannot_be_meant(folder: Path) -> None:
 
 def test_the_struct_that_is_read_is_smaller_than_ggmls() -> None:
     assert ctypes.sizeof(library.TensorHead) < library.library().tensor_overhead()
+
+
+@pytest.mark.parametrize("length", [1, 101, 201])
+def test_a_last_chunk_of_one_token_has_its_logits(folder: Path, length: int) -> None:
+    """A single row is computed in memory of the session's, from where it has to be copied."""
+    ids = np.array(ids_of(202))
+    model = GgmlModel(dense(folder, "llama", "fp32"), RuntimeOptions(threads=1), chunk=100)
+    whole = model.logits(ids)
+    model.logits(ids[5:9])  # what an earlier run left in memory
+    np.testing.assert_allclose(model.logits(ids[:length])[-1], whole[length - 1], atol=2e-3 * np.abs(whole).max())

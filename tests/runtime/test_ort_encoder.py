@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import artifacts_for_tests as artifacts
 import numpy as np
@@ -47,6 +48,15 @@ def test_a_stated_padding_of_the_tokenizer_file_is_not_obeyed(encoder_folder: Pa
     fixed = {"strategy": {"Fixed": 128}, "direction": "Left", "pad_id": 0, "pad_type_id": 0, "pad_token": "[PAD]"}
     path.write_text(json.dumps({**record, "padding": {**fixed, "pad_to_multiple_of": None}}))
     assert OrtEncoder(encoder_folder).tokenize(["cat", "the dog"])["input_ids"].shape == (2, 2)
+
+
+@pytest.mark.parametrize("stated", [1 << 32, -1, "x", [1]])
+def test_a_padding_token_that_is_none_is_the_first_one(encoder_folder: Path, stated: Any) -> None:
+    path = encoder_folder / "config.json"
+    config = {**json.loads(path.read_text()), "max_position_embeddings": 64, "pad_token_id": stated}
+    for kind in ("roberta", []):
+        path.write_text(json.dumps({**config, "model_type": kind}))
+        assert OrtEncoder(encoder_folder).tokenize(["cat", "the dog"])["input_ids"].shape == (2, 2)
 
 
 def test_open_artifact_finds_an_encoder(encoder_folder: Path) -> None:

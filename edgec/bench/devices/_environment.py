@@ -16,4 +16,5 @@ def worker_settings(threads: int, code: str) -> dict[str, str]:
     pools = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS"), count)
     parallel = "true" if threads > 1 else "false"
     fixed = {"TOKENIZERS_PARALLELISM": parallel, "PYTHONHASHSEED": "0", "GLIBC_TUNABLES": HUGE_PAGES}
+    fixed["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"  # else only the first process of a bench compiles
     return {**pools, **fixed, "PYTHONPATH": code}

@@ -17,12 +17,15 @@ import platform
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 
 from edgec.bench.devices import _gpu
 from edgec.bench.devices._limits import HostLimits
 from edgec.bench.devices.local import LocalDevice, run_worker
 from edgec.bench.jobs import Job
+from edgec.bench.sizes import holds_gguf
 from edgec.errors import BenchError, EdgecError
+from edgec.runtime.ggml.tensors import gpus
 from edgec.runtime.options import import_genai, import_onnxruntime
 from edgec.subprocesses import Finished, run
 
@@ -72,6 +75,11 @@ class CudaDevice(LocalDevice):
         }
 
     def measure(self, job: Job, *, timeout_s: float, on_line: Callable[[bytes], bool]) -> Finished:
+        if holds_gguf(Path(job.folder)) and not _ggml_has_it():
+            raise BenchError(
+                "this llama-cpp-python has no CUDA back end; build it with CMAKE_ARGS=-DGGML_CUDA=on, or use "
+                "--device vulkan where it has that"
+            )
         seen = {"CUDA_VISIBLE_DEVICES": self._uuid}
         return run_worker(replace(job, gpu=0), seen, timeout_s=timeout_s, on_line=on_line)
 
@@ -89,14 +97,17 @@ def _ask(number: int) -> tuple[str, ...]:
     return told
 
 
+def _ggml_has_it() -> bool:
+    """Has ggml a GPU through CUDA? Another back end would measure whichever GPU is its first. Raises EdgecError."""
+    return any(gpu.name.startswith("CUDA") for gpu in gpus())
+
+
 def _built_for_it() -> Iterator[bool]:
     """Does each of the runtimes have a back end for it? One that is not installed has none."""
-    from edgec.runtime.llama_cpp import import_llama_cpp
-
     askers: tuple[Callable[[], object], ...] = (
         lambda: "CUDAExecutionProvider" in import_onnxruntime().get_available_providers(),
         lambda: import_genai().is_cuda_available(),
-        lambda: import_llama_cpp().llama_supports_gpu_offload(),
+        _ggml_has_it,
         # By its version, because importing it takes seconds and no device does. Wheels for Linux without CUDA say so.
         lambda: platform.system() == "Linux" and "+cpu" not in importlib.metadata.version("torch"),
     )

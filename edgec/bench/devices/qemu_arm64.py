@@ -121,7 +121,7 @@ class QemuArm64Device:
                 here = self._answer([sys.executable], worker_environment(job.threads), job, timeout_s)
                 self._remarks[job.folder] = compared(here, there, job.task)
             except EdgecError as error:
-                return (f"answers not compared with this machine's: {error}",)
+                self._remarks[job.folder] = (f"answers not compared with this machine's: {error}",)
         return self._remarks[job.folder]
 
     def _answer(self, python: list[str], environment: Mapping[str, str], job: Job, timeout_s: float) -> Answer:

@@ -91,9 +91,13 @@ def _device(options: RuntimeOptions) -> torch.device:
 
 
 def warm(model: Encoder | CausalLM, job: Job) -> None:
-    """Compile for the shapes of the job. Raises RuntimeUnavailableError where torch finds no C++ compiler."""
+    """Compile for the shapes of the job what is to be compiled. Raises RuntimeUnavailableError where torch finds no C++
+    compiler.
+    """
     from torch._inductor.exc import InductorError, InvalidCxxCompiler
 
+    if not getattr(model, "compiled", False):
+        return
     try:
         if isinstance(model, TorchEncoder):
             for sentences in (job.sentences, job.sentences[:1], job.sentences[1:2]):
@@ -118,6 +122,7 @@ class TorchEncoder:
 
     def __init__(self, folder: Path, checkpoint: Checkpoint, model: Any, *, compiled: bool) -> None:
         self.folder = folder
+        self.compiled = compiled
         # The number of tokens differs from batch to batch: one program for all of them.
         self._model: Any = _compiled(model, dynamic=True) if compiled else model
         self._tokenizer = load_tokenizer(checkpoint)
@@ -154,12 +159,12 @@ class TorchCausalLM:
         self.folder = folder
         self._model = model
         self._step: Any = _compiled(self._model, dynamic=False) if compiled else self._model
-        self._compiled = compiled
+        self.compiled = compiled
         config = self._model.config
         self.vocab_size = int(config.vocab_size)
         self.context_length = int(config.max_position_embeddings)
         end = config.eos_token_id
-        self._ends = [] if end is None else list(end) if isinstance(end, list | tuple) else [int(end)]
+        self.ends = [] if end is None else list(end) if isinstance(end, list | tuple) else [int(end)]
         self._cache: transformers.StaticCache | None = None
         self._room = 0
 
@@ -190,11 +195,11 @@ class TorchCausalLM:
 
     def _likeliest(self, out: Any) -> int:
         values = out.logits[0, -1].float()
-        values[self._ends] = -torch.inf
+        values[self.ends] = -torch.inf
         return int(values.argmax())
 
     def _fresh_cache(self, total: int) -> transformers.Cache:
-        if not self._compiled:
+        if not self.compiled:
             return transformers.DynamicCache(config=self._model.config)
         if self._cache is None or self._room < total:
             self._cache, self._room = transformers.StaticCache(self._model.config, max_cache_len=total), total

@@ -24,6 +24,9 @@ FAMILIES = {
 }
 """Architecture in config.json → class in onnxruntime_genai.models.builders."""
 
+_WINDOWED = ("mistral", "phi3")
+"""Model types whose sliding_window holds for every layer where layer_types does not say."""
+
 HEAD_DIM_FACTOR = 8
 """GroupQueryAttention on the CPU refuses a head_dim that this does not divide [elements]."""
 
@@ -52,8 +55,8 @@ def local_layers(config: Any) -> tuple[bool, ...]:
     if getattr(config, "sliding_window", None) is None:
         return (False,) * layers
     types = getattr(config, "layer_types", None)
-    if types is None:  # Mistral and Phi-3: every layer, or none
-        return (True,) * layers
+    if types is None:  # Mistral and Phi-3: every layer, or none; others do not read what a conversion left behind
+        return (str(getattr(config, "model_type", "")) in _WINDOWED,) * layers
     return tuple(kind == "sliding_attention" for kind in types[:layers])
 
 
@@ -102,7 +105,7 @@ def _check_dimensions(name: str, config: Any) -> None:
         works = " or ".join(str(value) for value in (lower, lower + HEAD_DIM_FACTOR) if value)
         raise UnsupportedModelError(
             f"{name} has head_dim {size}, and onnxruntime's GroupQueryAttention runs only multiples of "
-            f"{HEAD_DIM_FACTOR} ({works} would do; multiples of 16 are fastest); use a GGUF target, when it lands: "
+            f"{HEAD_DIM_FACTOR} ({works} would do; multiples of 16 are fastest); use a GGUF target: "
             "ggml's attention takes any even head_dim"
         )
     kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)

@@ -35,4 +35,7 @@ def prepare() -> dict[str, str]:
 def load(folder: Path, options: RuntimeOptions) -> GgmlModel:
     from edgec.runtime.ggml.model import GgmlModel
 
-    return GgmlModel(folder, options)
+    model = GgmlModel(folder, options)
+    if model.has_vocabulary:
+        _ = model.vocabulary  # loaded means ready for text, as it does of every other runtime
+    return model

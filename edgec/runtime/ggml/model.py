@@ -80,7 +80,8 @@ class GgmlModel:
             chunk=chunk,
         )
         self.vocab_size, self.context_length = network.config.vocab, network.config.context
-        self._ends = [t for key in _ENDS if (t := _token(header, key, self.vocab_size)) is not None]
+        self.ends = [t for key in _ENDS if (t := _token(header, key, self.vocab_size)) is not None]
+        self.has_vocabulary = "tokenizer.ggml.tokens" in header.metadata
         self._vocabulary: Vocabulary | None = None
         self._stops: frozenset[int] | None = None
         if selftest:
@@ -88,7 +89,7 @@ class GgmlModel:
 
     @property
     def vocabulary(self) -> Vocabulary:
-        """llama.cpp's; opened on first use, because token ids need none."""
+        """llama.cpp's; opened on first use, because an export's self-test and parity need none."""
         if self._vocabulary is None:
             self._vocabulary = Vocabulary(self.path)
         return self._vocabulary
@@ -115,7 +116,7 @@ class GgmlModel:
     def _stream(self, ids: list[int], new: int, sampling: dict[str, Any] | None) -> Iterator[Piece]:
         sampler = _Sampler(self.vocab_size, sampling)
         if self._stops is None:  # llama.cpp is asked about every token, once
-            self._stops = frozenset([*self._ends, *self.vocabulary.ends()])
+            self._stops = frozenset([*self.ends, *self.vocabulary.ends()])
         text = codecs.getincrementaldecoder("utf-8")("replace")
         self.session.start(len(ids) + new)
         run = self.session.run
@@ -140,7 +141,7 @@ class GgmlModel:
         run = self.session.run
         logits = self.session.prefill(flat)
         for done in range(new_tokens):
-            logits[self._ends] = -np.inf
+            logits[self.ends] = -np.inf
             token = int(logits.argmax())
             _finite(logits, token)
             yield token

@@ -244,8 +244,12 @@ class Session:
         self.position = 0  # until the cache is whole again
         self.device.compute(built.graph)
         self.position = start + tokens
-        if out is not None and built.logits is not None:
+        if out is None:
+            return
+        if built.logits is not None:
             self.device.read(built.logits, out)
+        elif out is not self._logits.values:  # the graph put a single row there
+            out[:] = self._logits.values
 
     def _graph(self, feed: _Feed, tokens: int, seen: int, outputs: int, cache: Cache) -> _Built:
         key = (tokens, seen, outputs)

@@ -118,7 +118,7 @@ def test_unnamed_special_tokens_are_not_invented(export: Callable[[str], Exporte
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
-        ("llama", {"head_dim": 12}, r"head_dim 12.*multiples of 8 \(8 or 16 would do.*GGUF target, when it lands"),
+        ("llama", {"head_dim": 12}, r"head_dim 12.*multiples of 8 \(8 or 16 would do.*use a GGUF target: ggml"),
         ("llama", {"head_dim": 4}, r"head_dim 4.*\(8 would do"),
         ("llama", {"architectures": ["FalconForCausalLM"]}, "FalconForCausalLM is not among"),
         ("llama", {"architectures": None}, "names 0 architectures"),
