@@ -29,7 +29,7 @@ from typing import Protocol, cast
 import edgec
 from edgec import limits, plugins
 from edgec.errors import BenchError, RuntimeUnavailableError, UsageError
-from edgec.outputs import staged_folder
+from edgec.outputs import staged_folder, work_folder
 from edgec.subprocesses import run
 
 DENSE_ONNX = "dense-onnx"
@@ -98,11 +98,11 @@ def make(name: str, task: str, source: Path, out: Path, timeout_s: float = limit
     baseline = require(name, task)
     if not source.is_dir():
         raise BenchError(f"baseline {name}: {source} is not a folder; expected a {baseline.SOURCE} folder")
-    with staged_folder(out) as stage:
+    with staged_folder(out) as stage, work_folder(out) as work:
         finished = run(
             [sys.executable, "-P", "-m", "edgec.bench.baselines", name, task, source.resolve(), stage],
             timeout_s=timeout_s,
-            env=_environment(),
+            env=_environment(work),
             max_output_bytes=limits.MAX_TOOL_OUTPUT_BYTES,
         )
         if not finished.ok:
@@ -117,7 +117,8 @@ def copy_tokenizer(source: Path, out: Path) -> None:
             shutil.copyfile(source / name, out / name)
 
 
-def _environment() -> dict[str, str]:
+def _environment(work: Path) -> dict[str, str]:
+    """work: for temporary files, which a tool that is stopped would leave behind."""
     root = str(Path(edgec.__file__).resolve().parents[1])
     path = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH", "")) if p)
-    return {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
+    return {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "TMPDIR": str(work)}

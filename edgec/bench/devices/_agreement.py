@@ -5,15 +5,19 @@ from __future__ import annotations
 import base64
 import binascii
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
+from edgec.bench.jobs import Job
 from edgec.errors import BenchError
 from edgec.runtime.interfaces import ENCODER, Floats
+from edgec.subprocesses import run
 
+_MAX_CHECK_BYTES = 64 * 1024 * 1024
 _MOST_KINDS = 12
 _LEAST_COSINE = 0.99
 _MOST_DIVERGENCE = 0.05
@@ -26,6 +30,21 @@ class Answer:
     machine: str
     values: Floats
     operators: Mapping[str, int]
+
+
+def ask(python: Sequence[str], environment: Mapping[str, str], job: Job, timeout_s: float) -> Answer:
+    """Runs `edgec.bench.check` by that interpreter. Raises BenchError for one that gives no answer."""
+    with tempfile.TemporaryDirectory(prefix="edgec-check-") as room:  # ours: it may be stopped before it tidies up
+        done = run(
+            [*python, "-P", "-m", "edgec.bench.check"],
+            stdin=replace(job, samples=1).to_json(),
+            env={**environment, "TMPDIR": room},
+            timeout_s=timeout_s,
+            max_output_bytes=_MAX_CHECK_BYTES,
+        )
+    if not done.ok:
+        raise BenchError(f"the comparison ended early: {done.reason()}")
+    return read_answer(done.stdout)
 
 
 def read_answer(line: bytes) -> Answer:

@@ -26,7 +26,7 @@ from pathlib import Path
 import psutil
 
 from edgec.bench.browser_job import PageJob, page_job
-from edgec.bench.devices._agreement import compared, read_answer
+from edgec.bench.devices._agreement import ask, compared, read_answer
 from edgec.bench.devices._browser_server import PageServer, Route
 from edgec.bench.devices.local import create as local
 from edgec.bench.devices.local import worker_environment
@@ -42,7 +42,6 @@ _FOLDER_VARIABLE, _BROWSER_VARIABLE = "EDGEC_ORT_WEB", "EDGEC_BROWSER"
 _BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 _MODULE = "ort.wasm.min.mjs"
 _DIST_FILE = re.compile(r"ort[A-Za-z0-9._-]{1,80}\.(mjs|wasm)")
-_MAX_CHECK_BYTES = 64 * 1024 * 1024
 _MAX_PACKAGE_BYTES = 1 << 20
 _PAGE = Path(__file__).parent / "_browser"
 _FLAGS = (
@@ -154,16 +153,8 @@ class BrowserDevice:
         """How the page's answers compare with those of this machine's own onnxruntime; found out once."""
         if job.folder not in self._remarks:
             try:
-                done = run(
-                    [sys.executable, "-P", "-m", "edgec.bench.check"],
-                    stdin=job.to_json(),
-                    env=worker_environment(job.threads),
-                    timeout_s=timeout_s,
-                    max_output_bytes=_MAX_CHECK_BYTES,
-                )
-                if not done.ok:
-                    raise BenchError(f"the comparison ended early: {done.reason()}")
-                told = compared(read_answer(done.stdout), read_answer(answer), job.task)[:1]
+                here = ask([sys.executable], worker_environment(job.threads), job, timeout_s)
+                told = compared(here, read_answer(answer), job.task)[:1]
             except EdgecError as error:
                 told = (f"answers not compared with this machine's own runtime: {error}",)
             self._remarks[job.folder] = told

@@ -18,11 +18,10 @@ import sys
 import tempfile
 import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 
 from edgec.bench.devices import WORKER_FILES
-from edgec.bench.devices._agreement import Answer, compared, read_answer
+from edgec.bench.devices._agreement import ask, compared
 from edgec.bench.devices._arm64_root import CORTEX_A76, CPUS, python_command, python_environment
 from edgec.bench.devices._remote import copy_worker
 from edgec.bench.devices.local import worker_environment
@@ -36,7 +35,6 @@ USAGE = "qemu-arm64:ROOT[,cpu=max]"
 _ARGUMENT = re.compile(r"(?P<root>.*?)(?:,cpu=(?P<cpu>[^,]*))?", re.DOTALL)
 _ROOT_VARIABLE = "EDGEC_ARM64_ROOT"
 _SHORT_S = 120.0
-_MAX_CHECK_BYTES = 64 * 1024 * 1024
 _DESCRIBE = "import json, platform; print(json.dumps([platform.machine(), platform.python_version()]))"
 
 
@@ -115,26 +113,13 @@ class QemuArm64Device:
         """How this artifact's answers and operators compare with this machine's; found out once."""
         if job.folder not in self._remarks:
             try:
-                there = self._answer(
-                    self._python(), python_environment(self._root, job.threads, self._worker()), job, timeout_s
-                )
-                here = self._answer([sys.executable], worker_environment(job.threads), job, timeout_s)
+                environment = python_environment(self._root, job.threads, self._worker())
+                there = ask(self._python(), environment, job, timeout_s)
+                here = ask([sys.executable], worker_environment(job.threads), job, timeout_s)
                 self._remarks[job.folder] = compared(here, there, job.task)
             except EdgecError as error:
                 self._remarks[job.folder] = (f"answers not compared with this machine's: {error}",)
         return self._remarks[job.folder]
-
-    def _answer(self, python: list[str], environment: Mapping[str, str], job: Job, timeout_s: float) -> Answer:
-        done = run(
-            [*python, "-P", "-m", "edgec.bench.check"],
-            stdin=replace(job, samples=1).to_json(),
-            env=environment,
-            timeout_s=timeout_s,
-            max_output_bytes=_MAX_CHECK_BYTES,
-        )
-        if not done.ok:
-            raise BenchError(f"the comparison ended early: {done.reason()}")
-        return read_answer(done.stdout)
 
     def _python(self) -> list[str]:
         _require(self._root)
