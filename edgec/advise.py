@@ -263,7 +263,7 @@ def read_measured(path: Path, task: str, row: hardware.Hardware) -> list[dict[st
                 quality, settings = entry["quality"], entry["settings"]
                 seen = [settings.get("prompt_tokens", 0), settings.get("new_tokens", 0)]
                 told = [entry["artifact_bytes"], entry.get("kv_cache_bytes", 0), *quality.values(), *seen]
-                if not all(math.isfinite(float(number)) for number in told):
+                if not all(isinstance(number, int | float) and 0 <= number < math.inf for number in told):
                     raise UsageError(f"--measured {path}: {entry['contestant']!r} holds a value that is no measure")
                 found.append(entry)
     except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:

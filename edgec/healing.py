@@ -83,11 +83,16 @@ class Healed:
             "method": self.settings.method,
             "device": self.settings.device,
             "seed": self.settings.seed,
-            "divergence_before": self.before,
-            "divergence_after": self.after,
+            "divergence_before": _told(self.before),
+            "divergence_after": _told(self.after),
             "kept": self.after < self.before,
-            "curve": [[s, step, value if math.isfinite(value) else None] for s, step, value in self.curve.points],
+            "curve": [[s, step, _told(value)] for s, step, value in self.curve.points],
         }
+
+
+def _told(value: float) -> float | None:
+    """JSON has no NaN and no infinity."""
+    return value if math.isfinite(value) else None
 
 
 def reason_to_skip(workspace: Workspace, settings: HealSettings, factors: Mapping[str, Factors]) -> str:

@@ -41,6 +41,8 @@ _BLOCK = re.compile(r"\.\d+\.")
 
 ENCODER_TASK = "feature-extraction"
 DECODER_TASK = "text-generation"
+_NO_WINDOWS = frozenset({"llama", "gemma"})
+"""Types of models whose code reads no `sliding_window`."""
 
 
 @dataclass(frozen=True)
@@ -161,6 +163,16 @@ def _invalid(checkpoint: Checkpoint, error: Exception) -> CheckpointError:
     return CheckpointError(
         f"{checkpoint.folder / 'config.json'}: not a valid {checkpoint.model_type} configuration ({told})"
     )
+
+
+def sliding_window(config: Any) -> int | None:
+    """Positions that a layer with a window attends to; None where the transformers model has no such layers, whatever a
+    conversion left behind in its config.
+    """
+    if str(getattr(config, "model_type", "")) in _NO_WINDOWS:
+        return None
+    window = getattr(config, "sliding_window", None)
+    return None if window is None else int(window)
 
 
 def without_memory(checkpoint: Checkpoint) -> transformers.PreTrainedModel:

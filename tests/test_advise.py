@@ -184,8 +184,11 @@ def test_what_cannot_be_judged_is_refused(
         check_failure(invoke(capsys, *start, "--measured", other), 2, "--measured .*'dense int8' was measured on a GPU")
     bad = _bench_file(tmp_path / "bad.json", metrics={"item_ms": {"value": -1.0}})
     check_failure(invoke(capsys, *start, "--measured", bad), 2, "--measured .*no measure")
-    for fields in ({"quality": None}, {"quality": {"cosine": None}}, {"settings": []}, {"artifact_bytes": "x"}):
+    for fields in ({"quality": None}, {"settings": []}):
         odd = _bench_file(tmp_path / "odd.json", **fields)
         check_failure(invoke(capsys, *start, "--measured", odd), 2, "--measured .*not what `edgec bench")
+    for fields in ({"quality": {"cosine": None}}, {"quality": {"cosine": "0.9"}}, {"artifact_bytes": -1}):
+        odd = _bench_file(tmp_path / "odd.json", **fields)
+        check_failure(invoke(capsys, *start, "--measured", odd), 2, "--measured .*no measure")
     (tmp_path / "no.json").write_text('{"x": 1}', encoding="utf-8")
     check_failure(invoke(capsys, *start, "--measured", tmp_path / "no.json"), 2, "--measured .*not what `edgec bench")

@@ -292,7 +292,7 @@ def test_a_large_model_does_not_drown_its_figures_in_notes() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--plain", "--budget", "0.5"), r"--plain fits a given --plan without activations; give one"),
+        (("--plain", "--budget", "0.5"), r"--plain fits a given --plan of a dense model without activations; give one"),
         (("--plain", "--plan", "uniform:0.5", "--profile", "p"), r"--plain fits a given --plan .* leave --profile out"),
         (("--max-loss", "1%", "--search", "anneal:1min"), r"--search anneal spends a budget; a line of loss"),
         (("--seed", "-1"), r"Invalid value for .--seed.: .* greater than or equal to 0"),

@@ -231,3 +231,16 @@ def test_transformers_is_as_loud_afterwards_as_before() -> None:
         raise ValueError("x")
     after = transformers.utils.logging.get_verbosity(), transformers.utils.logging.is_progress_bar_enabled()
     assert after == before
+
+
+def test_a_window_that_a_model_does_not_read_is_none() -> None:
+    """Conversions leave them behind; Llama and Gemma 1 attend to everything."""
+    for config, window in (
+        (transformers.LlamaConfig(), None),
+        (transformers.GemmaConfig(), None),
+        (transformers.MistralConfig(), 7),
+        (transformers.Qwen2Config(use_sliding_window=True), 7),
+    ):
+        config.sliding_window = 7
+        assert modeling.sliding_window(config) == window, config.model_type
+    assert modeling.sliding_window(transformers.MistralConfig(sliding_window=None)) is None

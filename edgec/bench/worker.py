@@ -176,6 +176,7 @@ def _prompt(model: CausalLM, tokens: int, seed: int) -> list[int]:
 def _causal_sampler(model: CausalLM, job: Job, meter: Meter | None) -> Callable[[float], dict[str, float]]:
     """Time to first token (cache allocation and prefill), then the rate of the tokens after it, and their energy."""
     prompt = _prompt(model, job.prompt_tokens, job.seed)
+    _ = model.ends  # llama.cpp is asked about every token; not while the first one is timed
 
     def sample(min_seconds: float) -> dict[str, float]:
         first: list[float] = []

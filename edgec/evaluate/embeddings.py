@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,7 +89,9 @@ class Pairs:
 
 
 def read_sts(file: Path) -> Pairs:
-    """An STS-Benchmark file: tab-separated, score in column 5, sentences in 6 and 7 (1-based). Raises UsageError."""
+    """An STS-Benchmark file: tab-separated, score in column 5, sentences in 6 and 7 (1-based). Raises UsageError, and
+    CalibrationError for what is no text.
+    """
     try:
         lines = read_utf8(file).split("\n")
         rows = [row for row in csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE) if row]
@@ -111,7 +114,9 @@ def pair_similarities(embed: Embed, pairs: Pairs) -> NDArray[np.float64]:
 
 
 def spearman(similarities: NDArray[Any], scores: Sequence[float] | NDArray[Any]) -> float:
-    """0 where either of the two is constant."""
+    """0 where either of the two is constant, NaN where either holds NaN."""
+    if not (np.isfinite(similarities).all() and np.isfinite(scores).all()):
+        return math.nan
     return float(rank_correlation(np.asarray(similarities)[None], np.asarray(scores)[None])[0])
 
 

@@ -13,7 +13,7 @@ from edgec import healing, outputs
 from edgec.checkpoint import Checkpoint
 from edgec.compress import store
 from edgec.compress.overlay import write_overlay
-from edgec.errors import BudgetError, PlanError, UsageError
+from edgec.errors import BudgetError, PlanError, UsageError, VerificationError
 from edgec.export.artifacts import ArtifactKind, Written, kind_of
 from edgec.export.targets import get_target, offered
 from edgec.fit import Factors
@@ -335,12 +335,20 @@ def export(request: ExportRequest, progress: Progress = silent) -> Exported:
         manifest = verified_manifest(
             workspace, product, target, stage, work, quality=request.quality, progress=progress
         )
-        (stage / MANIFEST_NAME).write_text(
-            json.dumps(manifest, indent=1, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8"
-        )
+        (stage / MANIFEST_NAME).write_text(_as_json(manifest), encoding="utf-8")
         if goal.budget is not None and product.plan.budget == str(goal.budget):
             _require_within(goal.budget, stage, product.written)
     return Exported(request.out, product.plan, manifest)
+
+
+def _as_json(manifest: dict[str, Any]) -> str:
+    """Raises VerificationError for figures that JSON does not have."""
+    try:
+        return json.dumps(manifest, indent=1, sort_keys=True, allow_nan=False) + "\n"
+    except ValueError as error:
+        raise VerificationError(
+            "a figure of the finished model is NaN or infinite, so it is of no use; raise the budget, or give a plan"
+        ) from error
 
 
 def _require_within(budget: Budget, stage: Path, written: Written) -> None:

@@ -63,7 +63,9 @@ def refuse_int8(request: ExportRequest, workspace: Workspace) -> None:
 def goal_of(request: ExportRequest, target: Target) -> Goal:
     """What is planned for; by default the target's own budget. Raises UsageError for limits that contradict."""
     if request.plain and (not request.plan or request.profile):
-        raise UsageError("--plain fits a given --plan without activations; give one, and leave --profile out")
+        raise UsageError(
+            "--plain fits a given --plan of a dense model without activations; give one, and leave --profile out"
+        )
     if request.plan and (request.budget or request.max_loss):
         raise UsageError(
             "--plan already decides every layer; leave --budget and --max-loss out, or make a plan that fits with "

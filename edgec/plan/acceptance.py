@@ -135,15 +135,14 @@ class _Descent:
         """The next smaller budget, refined until its plan holds the line, as long as that works."""
         groups = Groups.of_layers(list(self.offer.choices))
         while self.left > 0 and self.bytes * _STEP >= self.offer.floor:
-            offer = self.offer.at(self.bytes * _STEP)
-            left = replace(self.search, evaluations=self.left, seconds=self._seconds_left())
-            try:
-                corrected = offer.allocate(learn(groups, self.ledger.records))
-                starts = [("corrected", corrected), ("allocated", offer.allocate())]
-                found = refine(offer, starts, self.ledger, left, goal=self.line.value)
-            except PlanError as error:  # nothing so small is quick enough, or has a finite loss
-                logger.info("%s: no smaller plan (%s)", self.line, error)
+            size = self.bytes * _STEP
+            corrected = self._allocated(size, learn(groups, self.ledger.records))
+            allocated = self._allocated(size)
+            if corrected is None or allocated is None:
                 return
+            starts = [("corrected", corrected), ("allocated", allocated)]
+            left = replace(self.search, evaluations=self.left, seconds=self._seconds_left())
+            found = refine(self.offer.at(size), starts, self.ledger, left, goal=self.line.value)
             if not self.take(found.choices, found.loss):
                 return
 

@@ -139,6 +139,7 @@ def test_draws_of_few_pairs_have_an_interval() -> None:
     loss, low, high = spearman_loss_interval(close, far, scores)
     assert np.isfinite([loss, low, high]).all() and low <= loss <= high
     assert spearman(np.ones(5), scores) == 0.0
+    assert np.isnan(spearman(np.array([0.1, np.nan, 0.3, 0.4, 0.5]), scores))
 
 
 def logits_of(seed: int, scale: float = 1.0) -> Any:

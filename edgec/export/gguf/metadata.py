@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgec import modeling
 from edgec.errors import UnsupportedModelError
 from edgec.export.gguf.names import architecture
 
@@ -164,7 +165,7 @@ def _windows(config: Any, arch: str) -> dict[str, Value]:
 def _context(config: Any, arch: str) -> int:
     """Where llama.cpp has no sliding window (Mistral, Qwen), the context ends at the window: both agree up to it."""
     context = int(config.max_position_embeddings)
-    window = getattr(config, "sliding_window", None)
+    window = modeling.sliding_window(config)
     if arch in ("gemma2", "gemma3") or not window or int(window) >= context:
         return context
     kinds = getattr(config, "layer_types", None)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from edgec import limits
+from edgec import limits, modeling
 from edgec.errors import UnsupportedModelError
 
 FAMILIES = {
@@ -23,9 +23,6 @@ FAMILIES = {
     "SmolLM3ForCausalLM": "LlamaModel",  # SmolLM3Model rotates for head_dim 8 what it must not; NoPE is ours
 }
 """Architecture in config.json → class in onnxruntime_genai.models.builders."""
-
-_WINDOWED = ("mistral", "phi3")
-"""Model types whose sliding_window holds for every layer where layer_types does not say."""
 
 HEAD_DIM_FACTOR = 8
 """GroupQueryAttention on the CPU refuses a head_dim that this does not divide [elements]."""
@@ -52,11 +49,11 @@ def head_dim(config: Any) -> int:
 def local_layers(config: Any) -> tuple[bool, ...]:
     """Per layer, whether it attends only to `sliding_window` positions, by the rules of the transformers models."""
     layers = int(config.num_hidden_layers)
-    if getattr(config, "sliding_window", None) is None:
+    if modeling.sliding_window(config) is None:
         return (False,) * layers
     types = getattr(config, "layer_types", None)
-    if types is None:  # Mistral and Phi-3: every layer, or none; others do not read what a conversion left behind
-        return (str(getattr(config, "model_type", "")) in _WINDOWED,) * layers
+    if types is None:  # Mistral and Phi-3: every layer, or none
+        return (True,) * layers
     return tuple(kind == "sliding_attention" for kind in types[:layers])
 
 

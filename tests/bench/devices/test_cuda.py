@@ -15,12 +15,13 @@ import torch
 from models_for_tests import write_causal_lm
 
 from edgec.bench.baselines import _torch_peer
-from edgec.bench.devices import file, local, open_device
+from edgec.bench.devices import cuda, file, local, open_device
 from edgec.bench.harness import BenchSettings, Contestant, run_bench
 from edgec.bench.jobs import Job
 from edgec.bench.worker import loader_of
 from edgec.errors import BenchError, RuntimeUnavailableError, UsageError
 from edgec.plan.hardware import misplaced
+from edgec.runtime.ggml.tensors import Gpu
 from edgec.runtime.options import RuntimeOptions, import_onnxruntime, products_elsewhere, session_options
 from edgec.subprocesses import Finished
 
@@ -106,6 +107,15 @@ def test_a_row_fails_rather_than_computing_on_the_cpu(encoder_folder: Path, lm_f
         assert row.metrics
         with pytest.raises(BenchError, match=f"nothing could be measured.*{why}"):
             run_bench([Contestant("a", folder)], QUICK, device=open_device("cuda"))
+
+
+@pytest.mark.usefixtures("driver")
+def test_a_gguf_is_not_measured_through_another_back_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A llama-cpp-python built for Vulkan would run it on whichever GPU is ggml's first."""
+    monkeypatch.setattr(cuda, "gpus", lambda: (Gpu("Vulkan0", "Imaginary RX"),))
+    (tmp_path / "model.gguf").touch()
+    with pytest.raises(BenchError, match="no CUDA back end.*--device vulkan"):
+        open_device("cuda").measure(Job(str(tmp_path), "causal-lm", 1), timeout_s=1, on_line=lambda line: True)
 
 
 @here
