@@ -17,13 +17,16 @@ _EXACT, _TANH = "BiasGelu", "FastGelu"
 
 def approximate_gelus(graph: ir.Graph) -> int:
     """Replace, in place, every exact GELU that only int8 products read, smoothed or not; returns how many it were."""
-    return sum(_replaced(graph, node, _TANH) for node in list(graph) if node.op_type == _EXACT and _is_rounded(node))
+    found = [node for node in graph if node.op_type == _EXACT and _is_rounded(node)]
+    for node in found:
+        _replace(graph, node, _TANH)
+    return len(found)
 
 
 def exact_gelus(graph: ir.Graph) -> None:
     """The inverse: what a graph is compared with torch by."""
     for node in [n for n in graph if n.op_type == _TANH]:
-        _replaced(graph, node, _EXACT)
+        _replace(graph, node, _EXACT)
 
 
 def _is_rounded(node: ir.Node) -> bool:
@@ -36,7 +39,6 @@ def _is_rounded(node: ir.Node) -> bool:
     return rounded and not value.is_graph_output() and not node.outputs[0].is_graph_output()
 
 
-def _replaced(graph: ir.Graph, node: ir.Node, kind: str) -> bool:
+def _replace(graph: ir.Graph, node: ir.Node, kind: str) -> None:
     made = ir.node(kind, node.inputs, domain=MICROSOFT, name=node.name)
     ir.convenience.replace_nodes_and_values(graph, node, [node], [made], node.outputs, made.outputs)
-    return True
